@@ -1,0 +1,80 @@
+/* codec.h -- what a codec file implements.  Not part of the public header.
+ *
+ * A codec turns rows of head_dim floats (one head's keys or values) into fixed-size pages of page_tokens tokens.
+ * One instance serves any number of heads; it is immutable after init, so threads share it freely.
+ *
+ *   core/codecs/foo.c      opens with what it does, the paper and the byte picture of a page; ends with
+ *                          const kv_codec_ops kv_codec_foo = { .name = "foo", ... };
+ *   core/codecs/registry.def   KV_CODEC(foo)
+ *
+ * Nothing else needs an edit: parameters, help, conformance and completion come from the descriptor.
+ *
+ * The mean (centre stage) and page-relative RoPE are not a codec's business: the cache removes and restores them. */
+#ifndef KV_CODEC_H
+#define KV_CODEC_H
+#include "internal.h"
+
+enum { KV_CODEC_MAX_PARAMS = 16, KV_MAX_HEAD_DIM = 512, KV_MAX_PAGE = 1024, KV_MAX_GROUP = 64 /* query heads per K/V head in one call */ };
+
+typedef struct kv_codec_ops {
+    const char     *name, *about, *source;
+    const kv_param *params;        /* n_params entries */
+    int             n_params, format, caps;
+    size_t          state_size;    /* zeroed and freed by codec.c */
+
+    /* Reads c->value[], c->head_dim, c->page_tokens, c->side; fills c->granule, c->page (the ledger of one page, whose
+     * total codec.c copies to page_bytes after rounding up to 64 with the rest counted as padding), c->bits_nominal,
+     * c->space_dim and c->query_bytes.  A bad combination is KV_E_PARAM with value and what is allowed. */
+    int  (*init)(kv_codec *c);
+    void (*fini)(kv_codec *c);                                                     /* optional */
+
+    /* Encode n tokens into slots [tok0, tok0+n) of a page; both multiples of the granule.  x: rows of head_dim floats,
+     * ld floats apart, finite (the caller checked).  Other slots keep their bytes: a page may be filled a token at a time.
+     * A fresh page is zeroed. */
+    void (*encode)(const kv_codec *c, uint8_t *page, int tok0, int n, const float *x, int64_t ld);
+    /* Decode any tokens [tok0, tok0+n).  Any bytes decode to something: no crash, no out-of-range access. */
+    void (*decode)(const kv_codec *c, const uint8_t *page, int tok0, int n, float *x, int64_t ld);
+
+    /* Attention on codes; all four or none.
+     * query:      n_q query rows of head_dim floats (ld apart) -> prepared, query_bytes each, 64-byte aligned
+     * dot:        scores[q*ld + t] = <query q, token t>, t in [0, n_tokens)      (keys)
+     * accumulate: acc[q*space_dim + i] += sum_t p[q*ld + t] * code-space value   (values; p >= 0)
+     * output:     out rows (ld apart) = un-transformed acc, overwritten */
+    void (*query)(const kv_codec *c, const float *q, int64_t ld, int n_q, void *prepared);
+    void (*dot)(const kv_codec *c, const uint8_t *page, int n_tokens, const void *prepared, int n_q, float *scores, int64_t ld);
+    void (*accumulate)(const kv_codec *c, const uint8_t *page, int n_tokens, const float *p, int64_t ld, int n_q, float *acc);
+    void (*output)(const kv_codec *c, const float *acc, int n_q, float *out, int64_t ld);
+
+    /* Sets the value[] that come nearest to `target` stored bits per element; NULL: bits parameter is searched. */
+    int  (*fit_bits)(kv_codec *c, double target);
+} kv_codec_ops;
+
+struct kv_codec {
+    const kv_codec_ops *ops;
+    atomic_int          refs;
+    int                 head_dim, page_tokens, side;
+    double              value[KV_CODEC_MAX_PARAMS];   /* by index into ops->params */
+    char                text[384];                    /* canonical parameters */
+    int                 granule, space_dim;
+    size_t              page_bytes, query_bytes;
+    kv_bytes            page;
+    double              bits_nominal;
+    void               *state;
+};
+
+kv_codec *kv_codec_ref(kv_codec *c);
+static inline int kv_codec_fused(const kv_codec *c) { return c->ops->dot != NULL && c->ops->accumulate != NULL; }
+
+/* The generic forms, by decoding a tile: what the fused ones are checked against (codec.c).
+ * scratch: page_tokens * head_dim floats. */
+void kv_tile_dot(const kv_codec *c, const uint8_t *page, int n_tokens, const float *q, int64_t q_ld, int n_q, float *scores, int64_t ld, float *scratch);
+void kv_tile_accumulate(const kv_codec *c, const uint8_t *page, int n_tokens, const float *p, int64_t ld, int n_q, float *acc /* [n_q][head_dim] */, float *scratch);
+
+/* Shared stages (hadamard.c, lloyd.c). */
+void kv_fwht(float *x, int n);                        /* one row, orthonormal, SIMD by level; same bits at every level */
+float kv_sumsq(const float *x, int n);                /* 16 partial sums by index mod 16, then a fixed tree; same bits at every level */
+
+#define KV_CODEC(name) extern const kv_codec_ops kv_codec_##name;
+#include "codecs/registry.def"
+#undef KV_CODEC
+#endif

@@ -1,0 +1,127 @@
+/* threads.c -- one pool for the whole library.
+ *
+ * Decode makes some 200 short parallel regions a token, so workers spin for a moment before they sleep, and the caller
+ * works too.  Tasks are handed out by one atomic counter.  A region that starts inside another runs inline. */
+#include <pthread.h>
+#include <sched.h>
+#include <unistd.h>
+#include "internal.h"
+
+enum { MAX_THREADS = 64, SPIN = 20000 /* about 50 us of pause: longer than the gap between two regions of a token */ };
+
+static struct pool {
+    pthread_mutex_t lock, user;               /* lock: sleeping; user: one region at a time */
+    pthread_cond_t  wake;
+    pthread_t       thread[MAX_THREADS];
+    int             n_workers;                /* besides the caller */
+    atomic_uint     generation;               /* odd work orders would do; only inequality matters */
+    atomic_int      next, busy, quit, sleepers;
+    int             n_tasks;
+    kv_task_fn      fn;
+    void           *ctx;
+} pool = { .lock = PTHREAD_MUTEX_INITIALIZER, .user = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER };
+
+static atomic_int wanted;                     /* 0: not decided */
+static _Thread_local int inside;              /* this thread is running a task */
+
+static void relax(void) { __builtin_ia32_pause(); }
+
+static void run_tasks(int thread)
+{
+    inside = 1;
+    for (int t; (t = atomic_fetch_add_explicit(&pool.next, 1, memory_order_relaxed)) < pool.n_tasks;) pool.fn(pool.ctx, t, thread);
+    inside = 0;
+}
+
+static void *worker(void *arg)
+{
+    const int thread = (int)(intptr_t)arg;
+    unsigned seen = 0;
+    for (;;) {
+        int spin = 0;
+        while (atomic_load_explicit(&pool.generation, memory_order_acquire) == seen) {
+            if (++spin < SPIN) { relax(); continue; }
+            pthread_mutex_lock(&pool.lock);
+            atomic_fetch_add(&pool.sleepers, 1);
+            while (atomic_load(&pool.generation) == seen) pthread_cond_wait(&pool.wake, &pool.lock);
+            atomic_fetch_sub(&pool.sleepers, 1);
+            pthread_mutex_unlock(&pool.lock);
+        }
+        seen = atomic_load_explicit(&pool.generation, memory_order_acquire);
+        if (atomic_load(&pool.quit)) return NULL;
+        run_tasks(thread);
+        atomic_fetch_sub_explicit(&pool.busy, 1, memory_order_release);
+    }
+}
+
+static void publish(void)                     /* caller holds pool.user */
+{
+    atomic_fetch_add(&pool.generation, 1);
+    if (atomic_load(&pool.sleepers)) {
+        pthread_mutex_lock(&pool.lock);
+        pthread_cond_broadcast(&pool.wake);
+        pthread_mutex_unlock(&pool.lock);
+    }
+}
+
+static void resize(int n_workers)             /* caller holds pool.user */
+{
+    if (n_workers == pool.n_workers) return;
+    if (pool.n_workers) {
+        atomic_store(&pool.quit, 1);
+        publish();
+        for (int i = 0; i < pool.n_workers; i++) pthread_join(pool.thread[i], NULL);
+        atomic_store(&pool.quit, 0);
+        atomic_store(&pool.generation, 0);
+    }
+    pool.n_workers = 0;
+    for (int i = 0; i < n_workers; i++) {
+        if (pthread_create(&pool.thread[i], NULL, worker, (void *)(intptr_t)(i + 1)) != 0) break;
+        pool.n_workers++;
+    }
+}
+
+static int default_threads(void)
+{
+    cpu_set_t set;
+    if (sched_getaffinity(0, sizeof set, &set) != 0) return 1;
+    const int n = CPU_COUNT(&set);
+    return n < 1 ? 1 : n > MAX_THREADS ? MAX_THREADS : n;
+}
+
+int kv_threads(void)
+{
+    int n = atomic_load(&wanted);
+    if (n == 0) atomic_store(&wanted, n = default_threads());
+    return n;
+}
+
+int kv_set_threads(int n)
+{
+    RETURN_ERROR_IF(n < 0 || n > MAX_THREADS, KV_E_ARG, "threads=%d is outside 0..%d", n, MAX_THREADS);
+    atomic_store(&wanted, n ? n : default_threads());
+    return KV_OK;
+}
+
+void kv_parallel(int n_tasks, kv_task_fn fn, void *ctx)
+{
+    const int n_threads = kv_threads();
+    if (n_tasks <= 1 || n_threads == 1 || inside) {
+        const int nested = inside;
+        inside = 1;
+        for (int t = 0; t < n_tasks; t++) fn(ctx, t, 0);
+        inside = nested;
+        return;
+    }
+    pthread_mutex_lock(&pool.user);
+    resize(n_threads - 1);
+    pool.fn = fn;
+    pool.ctx = ctx;
+    pool.n_tasks = n_tasks;
+    atomic_store_explicit(&pool.next, 0, memory_order_relaxed);
+    atomic_store_explicit(&pool.busy, pool.n_workers, memory_order_relaxed);
+    publish();
+    run_tasks(0);
+    while (atomic_load_explicit(&pool.busy, memory_order_acquire)) relax();
+    pthread_mutex_unlock(&pool.user);
+}
