@@ -14,7 +14,7 @@ static struct pool {
     pthread_cond_t  wake;
     pthread_t       thread[MAX_THREADS];
     int             n_workers;                /* besides the caller */
-    atomic_uint     generation;               /* odd work orders would do; only inequality matters */
+    atomic_uint     generation;               /* of work: raised once per region */
     atomic_int      next, busy, quit, sleepers;
     int             n_tasks;
     kv_task_fn      fn;
@@ -22,13 +22,13 @@ static struct pool {
 } pool = { .lock = PTHREAD_MUTEX_INITIALIZER, .user = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER };
 
 static atomic_int wanted;                     /* 0: not decided */
-static _Thread_local int inside;              /* this thread is running a task */
+static _Thread_local int inside;              /* 1 + this thread's index while it runs a task, else 0 */
 
 static void relax(void) { __builtin_ia32_pause(); }
 
 static void run_tasks(int thread)
 {
-    inside = 1;
+    inside = thread + 1;
     for (int t; (t = atomic_fetch_add_explicit(&pool.next, 1, memory_order_relaxed)) < pool.n_tasks;) pool.fn(pool.ctx, t, thread);
     inside = 0;
 }
@@ -81,6 +81,20 @@ static void resize(int n_workers)             /* caller holds pool.user */
     }
 }
 
+/* A forked child has none of the workers: it starts its own when it needs them. */
+static void after_fork(void)
+{
+    pthread_mutex_init(&pool.lock, NULL);
+    pthread_mutex_init(&pool.user, NULL);
+    pthread_cond_init(&pool.wake, NULL);
+    pool.n_workers = 0;
+    atomic_store(&pool.sleepers, 0);
+    atomic_store(&pool.generation, 0);
+    inside = 0;
+}
+
+__attribute__((constructor)) static void watch_fork(void) { pthread_atfork(NULL, NULL, after_fork); }
+
 static int default_threads(void)
 {
     cpu_set_t set;
@@ -107,10 +121,10 @@ void kv_parallel(int n_tasks, kv_task_fn fn, void *ctx)
 {
     const int n_threads = kv_threads();
     if (n_tasks <= 1 || n_threads == 1 || inside) {
-        const int nested = inside;
-        inside = 1;
-        for (int t = 0; t < n_tasks; t++) fn(ctx, t, 0);
-        inside = nested;
+        const int outer = inside, thread = outer ? outer - 1 : 0;
+        inside = thread + 1;
+        for (int t = 0; t < n_tasks; t++) fn(ctx, t, thread);
+        inside = outer;
         return;
     }
     pthread_mutex_lock(&pool.user);
