@@ -29,7 +29,7 @@ all: $(LIB) ctests
 # ---- the boundary: the marked region of kelvin.h, as text for LuaJIT and as a hash for both sides
 $(BUILD)/kelvin_cdef.txt: core/kelvin.h
 	@mkdir -p $(@D)
-	@sed -n '/@cdef-begin/,/@cdef-end/p' $< | sed '1d;$$d' > $@
+	@sed -n '/^.. @cdef-begin/,/^.. @cdef-end/p' $< | sed '1d;$$d' > $@
 $(BUILD)/kelvin_cdef.lua: $(BUILD)/kelvin_cdef.txt
 	@{ printf 'return [==[\n'; cat $<; printf ']==], "%s"\n' "$$(sha256sum < $< | cut -c1-64)"; } > $@
 $(BUILD)/kelvin_abi.h: $(BUILD)/kelvin_cdef.txt
