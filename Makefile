@@ -7,7 +7,7 @@ LUAJIT  ?= luajit
 # The rules of arithmetic: no contraction, no fast-math, so that plain C, SIMD and CUDA give the same bytes.
 CSTD    := -std=c11 -D_GNU_SOURCE
 WARN    := -Wall -Wextra -Wpedantic -Wshadow -Wstrict-prototypes -Wpointer-arith -Werror
-CFLAGS.release := -O2 -g
+CFLAGS.release := -O3 -g
 CFLAGS.asan    := -O1 -g -fsanitize=address,undefined -fno-omit-frame-pointer
 CFLAGS.fuzz    := -O1 -g -fsanitize=fuzzer-no-link,address,undefined -fno-omit-frame-pointer
 CFLAGS  ?= $(CFLAGS.$(FLAVOUR))

@@ -246,7 +246,7 @@ int  kv_calib_mean(const kv_calib *c, int what, int layer, int head, float *mean
 int  kv_calib_page_mean(const kv_calib *c, int layer, int head, int page_tokens, float *mean);
 int  kv_calib_count(const kv_calib *c, double *n_tokens);
 void kv_calib_free(kv_calib *c);
-/* Mean of RoPE(key bias) over positions 0..n_positions-1 (page = 0) or over a page's offsets: a calibration-free mean. */
+/* Mean of RoPE(key bias) over positions 0..n_positions-1 (a page's offsets for page-relative keys): needs no text. */
 int  kv_model_bias_mean(const kv_model *m, int layer, int head, int n_positions, float *mean);
 
 /* ---- lockstep evaluation -------------------------------------------------------------------------------------- */

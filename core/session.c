@@ -1,0 +1,229 @@
+/* session.c -- one sequence: a cache, a forward pass of one lane, and the logits it last made.
+ *
+ * Also what is a session in disguise: taps, which run a text once over an exact cache and keep Q, K and V of one layer. */
+#include "model.h"
+
+enum { FEED_AT_ONCE = 512 /* tokens of one pass: past this the products gain nothing and activations grow */ };
+
+struct kv_session {
+    kv_model   *m;
+    kv_cache   *cache;
+    kv_forward *one, *many;          /* passes of 1 and of up to FEED_AT_ONCE tokens; the second is made when needed */
+    float      *logits;
+    size_t      logits_cap;
+    int         n_logits, max_tokens;
+};
+
+static int session_alloc(kv_session **out, kv_model *m, int max_tokens)
+{
+    kv_session *s = kv_zalloc(sizeof *s);
+    if (!s) return KV_E_NOMEM;
+    s->m = kv_model_ref(m);
+    s->max_tokens = max_tokens;
+    const int status = kv_forward_new(&s->one, m, 1, 1);
+    if (status < 0) kv_session_free(s);
+    else *out = s;
+    return status;
+}
+
+int kv_session_new(kv_session **out, kv_model *m, kv_plan *plan, int max_tokens)
+{
+    RETURN_ERROR_IF(!out || !m, KV_E_ARG, "kv_session_new: NULL argument");
+    RETURN_ERROR_IF(max_tokens < 1 || max_tokens > 1 << 24, KV_E_ARG, "session: max_tokens=%d is outside 1..%d", max_tokens, 1 << 24);
+    *out = NULL;
+    kv_plan *p = NULL;
+    kv_session *s = NULL;
+    int status;
+    if (plan) p = kv_plan_ref(plan);
+    else FAIL_IF_ERROR(kv_plan_reference(&p, m->geo.n_layers, m->geo.n_kv_heads, m->geo.head_dim));
+    FAIL_IF_ERROR(session_alloc(&s, m, max_tokens));
+    FAIL_IF_ERROR(kv_cache_new(&s->cache, &m->geo, p, max_tokens));
+    kv_plan_free(p);
+    *out = s;
+    return KV_OK;
+fail:
+    kv_plan_free(p);
+    kv_session_free(s);
+    return status;
+}
+
+void kv_session_free(kv_session *s)
+{
+    if (!s) return;
+    if (s->cache) kv_cache_free(s->cache);
+    kv_forward_free(s->one);
+    kv_forward_free(s->many);
+    kv_free(s->logits);
+    kv_model_free(s->m);
+    kv_free(s);
+}
+
+int kv_session_path(kv_session *s, int path)
+{
+    RETURN_ERROR_IF(!s, KV_E_ARG, "session is NULL");
+    RETURN_ERROR_IF(path != KV_PATH_FUSED && path != KV_PATH_TILE, KV_E_ARG, "session: path=%d is not 0 (fused) or 1 (tile)", path);
+    kv_cache_path(s->cache, path);
+    return KV_OK;
+}
+
+static int reserve_logits(kv_session *s, int n)
+{
+    size_t count;
+    RETURN_ERROR_IF(!kv_mul((size_t)n, (size_t)s->m->info.n_vocab, &count) || count > (size_t)1 << 31, KV_E_ARG, "session: logits of %d tokens x %d are too many; feed fewer at once", n, s->m->info.n_vocab);
+    if (count <= s->logits_cap) return KV_OK;
+    float *p = kv_alloc_array(count, sizeof *p, false);
+    if (!p) return KV_E_NOMEM;
+    kv_free(s->logits);
+    s->logits = p;
+    s->logits_cap = count;
+    s->n_logits = 0;
+    return KV_OK;
+}
+
+static int feed_piece(kv_session *s, const int32_t *tokens, int n, float *logits /* [n][n_vocab], [1][n_vocab] or NULL */, int all)
+{
+    if (n > 1 && !s->many) FORWARD_IF_ERROR(kv_forward_new(&s->many, s->m, 1, kv_min(FEED_AT_ONCE, s->max_tokens)));
+    kv_forward *f = n > 1 ? s->many : s->one;
+    int more = 1;
+    FORWARD_IF_ERROR(kv_forward_begin(f, &s->cache, tokens, n));
+    while (more) FORWARD_IF_ERROR(kv_forward_layer(f, &more));
+    if (!logits) return KV_OK;
+    const float *hidden = kv_forward_hidden(f, 0);
+    return all ? kv_logits(s->m, hidden, n, logits) : kv_logits(s->m, hidden + (size_t)(n - 1) * (size_t)s->m->info.n_embd, 1, logits);
+}
+
+int kv_session_feed(kv_session *s, const int32_t *tokens, int n, int want_logits)
+{
+    RETURN_ERROR_IF(!s || !tokens, KV_E_ARG, "kv_session_feed: NULL argument");
+    RETURN_ERROR_IF(n < 1, KV_E_ARG, "session: %d tokens to feed is less than 1", n);
+    const int have = kv_cache_n_tokens(s->cache);
+    RETURN_ERROR_IF(n > s->max_tokens - have, KV_E_ARG, "session: %d tokens after %d do not fit max_tokens=%d", n, have, s->max_tokens);
+    RETURN_ERROR_IF(want_logits < 0 || want_logits > 2, KV_E_ARG, "session: want_logits=%d is outside 0..2", want_logits);
+    const int rows = want_logits == 2 ? n : want_logits;
+    if (rows) FORWARD_IF_ERROR(reserve_logits(s, rows));
+    s->n_logits = 0;
+    for (int done = 0; done < n;) {
+        const int piece = kv_min(FEED_AT_ONCE, n - done), last = done + piece == n;
+        float *to = want_logits == 2 ? s->logits + (size_t)done * (size_t)s->m->info.n_vocab : want_logits && last ? s->logits : NULL;
+        const int status = feed_piece(s, tokens + done, piece, to, want_logits == 2);
+        if (status < 0) {
+            char why[512];                                  /* the truncation below may speak too */
+            strncpy(why, kv_last_error(), sizeof why - 1);
+            why[sizeof why - 1] = 0;
+            kv_cache_truncate(s->cache, have);
+            return kv_set_error(status, "%s", why);
+        }
+        done += piece;
+    }
+    s->n_logits = rows;
+    return KV_OK;
+}
+
+const float *kv_session_logits(const kv_session *s) { return s && s->n_logits ? s->logits : NULL; }
+int kv_session_n_tokens(const kv_session *s) { return s ? kv_cache_n_tokens(s->cache) : 0; }
+
+int kv_session_truncate(kv_session *s, int n_tokens)
+{
+    RETURN_ERROR_IF(!s, KV_E_ARG, "session is NULL");
+    s->n_logits = 0;
+    return kv_cache_truncate(s->cache, n_tokens);
+}
+
+int kv_session_fork(kv_session **out, const kv_session *s)
+{
+    RETURN_ERROR_IF(!out || !s, KV_E_ARG, "kv_session_fork: NULL argument");
+    *out = NULL;
+    kv_session *copy;
+    FORWARD_IF_ERROR(session_alloc(&copy, s->m, s->max_tokens));
+    const int status = kv_cache_fork(&copy->cache, s->cache);
+    if (status < 0) kv_session_free(copy);
+    else *out = copy;
+    return status;
+}
+
+int kv_session_bytes(const kv_session *s, kv_bytes *out)
+{
+    RETURN_ERROR_IF(!s || !out, KV_E_ARG, "kv_session_bytes: NULL argument");
+    return kv_cache_bytes(s->cache, -1, -1, out);
+}
+
+int kv_session_layer_bytes(const kv_session *s, int layer, int side, kv_bytes *out)
+{
+    RETURN_ERROR_IF(!s || !out, KV_E_ARG, "kv_session_layer_bytes: NULL argument");
+    RETURN_ERROR_IF(layer < 0 || layer >= s->m->info.n_layers, KV_E_ARG, "layer %d is outside 1..%d", layer + 1, s->m->info.n_layers);
+    RETURN_ERROR_IF(side < -1 || side > 1, KV_E_ARG, "side %d is not 0 (k), 1 (v) or -1 (both)", side);
+    return kv_cache_bytes(s->cache, layer, side, out);
+}
+
+int kv_session_pairs(const kv_session *s, kv_pairs *out)
+{
+    RETURN_ERROR_IF(!s || !out, KV_E_ARG, "kv_session_pairs: NULL argument");
+    kv_cache_pairs(s->cache, out);
+    return KV_OK;
+}
+
+int kv_session_read(const kv_session *s, int layer, int head, int side, int tok0, int tok1, float *dst)
+{
+    RETURN_ERROR_IF(!s || !dst, KV_E_ARG, "kv_session_read: NULL argument");
+    RETURN_ERROR_IF(layer < 0 || layer >= s->m->info.n_layers, KV_E_ARG, "layer %d is outside 1..%d", layer + 1, s->m->info.n_layers);
+    RETURN_ERROR_IF(head < 0 || head >= s->m->info.n_kv_heads, KV_E_ARG, "head %d is outside 1..%d", head + 1, s->m->info.n_kv_heads);
+    RETURN_ERROR_IF(side != KV_SIDE_K && side != KV_SIDE_V, KV_E_ARG, "side %d is not 0 (k) or 1 (v)", side);
+    RETURN_ERROR_IF(tok0 < 0 || tok1 < tok0 || tok1 > kv_cache_n_tokens(s->cache), KV_E_ARG, "tokens %d..%d are outside 1..%d", tok0 + 1, tok1, kv_cache_n_tokens(s->cache));
+    return kv_cache_read(s->cache, layer, head, side, tok0, tok1, dst);
+}
+
+int kv_session_mutate(kv_session *s, double seed, double share, double *n)
+{
+    RETURN_ERROR_IF(!s || !n, KV_E_ARG, "kv_session_mutate: NULL argument");
+    RETURN_ERROR_IF(!(share > 0 && share <= 1), KV_E_ARG, "mutate: share=%g is outside (0, 1]", share);
+    *n = kv_cache_mutate(s->cache, seed, share);
+    return KV_OK;
+}
+
+const char *kv_session_paths(const kv_session *s) { return s ? kv_cache_paths(s->cache) : ""; }
+
+/* ---- taps */
+
+typedef struct tap { const kv_model_info *info; int layer, n_total, start; float *q, *q_pre, *k, *k_pre, *v; } tap;
+
+static void keep(float *dst, const float *src, int n_heads, const tap *t, int n)      /* [n][heads][d] -> [heads][n_total][d] */
+{
+    const size_t d = (size_t)t->info->head_dim;
+    if (dst)
+        for (int h = 0; h < n_heads; h++)
+            for (int i = 0; i < n; i++)
+                memcpy(dst + ((size_t)h * (size_t)t->n_total + (size_t)(t->start + i)) * d, src + ((size_t)i * (size_t)n_heads + (size_t)h) * d, d * sizeof(float));
+}
+
+static void on_tap(void *ctx, int lane, int layer, int n, const float *q_pre, const float *q, const float *k_pre, const float *k, const float *v)
+{
+    (void)lane;
+    const tap *t = ctx;
+    if (layer != t->layer) return;
+    keep(t->q, q, t->info->n_heads, t, n);
+    keep(t->q_pre, q_pre, t->info->n_heads, t, n);
+    keep(t->k, k, t->info->n_kv_heads, t, n);
+    keep(t->k_pre, k_pre, t->info->n_kv_heads, t, n);
+    keep(t->v, v, t->info->n_kv_heads, t, n);
+}
+
+int kv_model_tap(kv_model *m, const int32_t *tokens, int n, int layer, float *q, float *q_pre, float *k, float *k_pre, float *v)
+{
+    RETURN_ERROR_IF(!m || !tokens, KV_E_ARG, "kv_model_tap: NULL argument");
+    RETURN_ERROR_IF(layer < 0 || layer >= m->info.n_layers, KV_E_ARG, "layer %d is outside 1..%d", layer + 1, m->info.n_layers);
+    RETURN_ERROR_IF(n < 1 || n > 1 << 20, KV_E_ARG, "tap: %d tokens is outside 1..%d", n, 1 << 20);
+    kv_session *s = NULL;
+    tap t = { &m->info, layer, n, 0, q, q_pre, k, k_pre, v };
+    int status, more;
+    FAIL_IF_ERROR(kv_session_new(&s, m, NULL, n));
+    FAIL_IF_ERROR(kv_forward_new(&s->many, m, 1, kv_min(FEED_AT_ONCE, n)));
+    kv_forward_tap(s->many, on_tap, &t);
+    for (; t.start < n; t.start += FEED_AT_ONCE) {
+        FAIL_IF_ERROR(kv_forward_begin(s->many, &s->cache, tokens + t.start, kv_min(FEED_AT_ONCE, n - t.start)));
+        do FAIL_IF_ERROR(kv_forward_layer(s->many, &more)); while (more);
+    }
+    status = KV_OK;
+fail:
+    kv_session_free(s);
+    return status;
+}
