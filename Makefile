@@ -24,7 +24,7 @@ LIB     := $(BUILD)/libkelvin.so
 CTESTS  := $(patsubst tests/c/%.c,$(BUILD)/tests/%,$(sort $(wildcard tests/c/test_*.c)))
 
 .PHONY: all
-all: $(LIB) ctests
+all: $(LIB) cuda
 
 # ---- the boundary: the marked region of kelvin.h, as text for LuaJIT and as a hash for both sides
 $(BUILD)/kelvin_cdef.txt: core/kelvin.h
@@ -48,6 +48,29 @@ ctests: $(CTESTS)
 $(BUILD)/tests/%: tests/c/%.c $(OBJ)
 	@mkdir -p $(@D)
 	$(CC) $(KV_CFLAGS) -MMD -MP -Itests/c $< $(OBJ) $(LIBS) -o $@
+
+# ---- the CUDA plugin: cudart inside, no libkelvin symbols, loads without a driver.  Without nvcc it is left out, loudly.
+NVCC    ?= $(shell command -v nvcc 2>/dev/null)
+# --fmad=false: encode arithmetic gives the CPU's bytes.  Machine code for Ampere to Blackwell, PTX for what comes next.
+CUDA_ARCHS ?= 80 86 89 90 100 120
+NVCCFLAGS  := -O3 -std=c++17 --fmad=false -lineinfo -Xcompiler -fPIC,-fvisibility=hidden,-Wall -Icore -Ikernels -Ikernels/include \
+              $(foreach a,$(CUDA_ARCHS),-gencode arch=compute_$(a),code=sm_$(a)) \
+              -gencode arch=compute_$(lastword $(CUDA_ARCHS)),code=compute_$(lastword $(CUDA_ARCHS))
+CUDA_SRC := $(sort $(wildcard kernels/*.cu))
+CUDA_LIB := $(BUILD)/libkelvin_cuda.so
+
+.PHONY: cuda
+ifneq ($(NVCC),)
+cuda: $(CUDA_LIB)
+else
+cuda:
+	@echo "cuda: nvcc is not here, the CUDA plugin is left out (CUDA Toolkit 13.0 or later; NVCC=/path/to/nvcc)"
+endif
+$(BUILD)/kernels/%.o: kernels/%.cu $(wildcard kernels/*.cuh kernels/include/*) core/backend.h
+	@mkdir -p $(@D)
+	$(NVCC) $(NVCCFLAGS) -c $< -o $@
+$(CUDA_LIB): $(CUDA_SRC:%.cu=$(BUILD)/%.o)
+	$(NVCC) -shared -cudart static -Xlinker -z,defs -Xlinker --exclude-libs,ALL -o $@ $^
 
 .PHONY: clean
 clean:

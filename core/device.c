@@ -1,0 +1,128 @@
+/* device.c -- finds the back end of a device's name.
+ *
+ * libkelvin_cuda.so is looked for beside libkelvin.so and loaded on the first request.  It has no libkelvin symbols and
+ * needs no driver to load: its probe says in words what is missing. */
+#include <dlfcn.h>
+#include <limits.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <unistd.h>
+#include "device.h"
+
+static struct plugin {
+    const kv_backend *table;
+    char path[PATH_MAX], reason[512];
+} cuda;
+static pthread_once_t cuda_once = PTHREAD_ONCE_INIT;
+
+static void load_cuda(void)
+{
+    Dl_info self;
+    if (!dladdr((void *)&load_cuda, &self) || !self.dli_fname) {
+        snprintf(cuda.reason, sizeof cuda.reason, "the folder of libkelvin.so is unknown");
+        return;
+    }
+    const char *slash = strrchr(self.dli_fname, '/');
+    const int folder = slash ? (int)(slash - self.dli_fname) : 0;
+    snprintf(cuda.path, sizeof cuda.path, "%.*s/libkelvin_cuda.so", folder ? folder : 1, folder ? self.dli_fname : ".");
+    if (access(cuda.path, R_OK) != 0) {
+        snprintf(cuda.reason, sizeof cuda.reason, "plugin not built (no libkelvin_cuda.so beside libkelvin.so): run make cuda, which needs nvcc");
+        cuda.path[0] = 0;
+        return;
+    }
+    void *so = dlopen(cuda.path, RTLD_NOW | RTLD_LOCAL);
+    const kv_backend *(*get)(void) = NULL;
+    if (so) {
+        void *symbol = dlsym(so, "kv_backend_get");
+        memcpy(&get, &symbol, sizeof get);
+    }
+    if (!get) {
+        snprintf(cuda.reason, sizeof cuda.reason, "%s does not load: %s", cuda.path, dlerror());
+        return;
+    }
+    const kv_backend *table = get();
+    if (table->abi != KV_BACKEND_ABI) {
+        snprintf(cuda.reason, sizeof cuda.reason, "libkelvin_cuda.so has back-end version %d, libkelvin.so needs %d: run make cuda", table->abi, KV_BACKEND_ABI);
+        return;
+    }
+    cuda.table = table;
+}
+
+int kv_device_open(const char *device, const kv_backend **out, int *number)
+{
+    RETURN_ERROR_IF(!device, KV_E_ARG, "device is NULL");
+    *number = 0;
+    if (!strcmp(device, "cpu")) {
+        *out = &kv_backend_cpu;
+        return KV_OK;
+    }
+    char *end;
+    const bool numbered = !strncmp(device, "cuda:", 5);
+    if (numbered) {
+        const long n = strtol(device + 5, &end, 10);
+        RETURN_ERROR_IF(end == device + 5 || *end || n < 0 || n > 63, KV_E_ARG, "device '%s' is not cpu, cuda or cuda:N with N in 0..63", device);
+        *number = (int)n;
+    } else {
+        RETURN_ERROR_IF(strcmp(device, "cuda"), KV_E_ARG, "device '%s' is not cpu, cuda or cuda:N", device);
+    }
+    pthread_once(&cuda_once, load_cuda);
+    RETURN_ERROR_IF(!cuda.table, KV_E_DEVICE, "cuda: %s", cuda.reason);
+    int n_devices = 0, driver = 0, runtime = 0;
+    char err[256];
+    const int status = cuda.table->probe(&n_devices, &driver, &runtime, err, sizeof err);
+    RETURN_ERROR_IF(status < 0, KV_E_DEVICE, "cuda: %s", err);
+    RETURN_ERROR_IF(*number >= n_devices, KV_E_DEVICE, "device '%s' is not there: %d CUDA device%s found", device, n_devices, n_devices == 1 ? "" : "s");
+    *out = cuda.table;
+    return KV_OK;
+}
+
+int kv_device_query(const char *device, kv_device_info *out)
+{
+    static _Thread_local char name[160], reason[1024];
+    RETURN_ERROR_IF(!out, KV_E_ARG, "kv_device_query: NULL argument");
+    *out = (kv_device_info){ .name = "", .reason = "", .plugin = "" };
+    const kv_backend *b;
+    int number;
+    const int status = kv_device_open(device, &b, &number);
+    if (status == KV_E_ARG) return status;
+    if (device && !strncmp(device, "cuda", 4)) out->plugin = cuda.path;
+    if (status < 0) {
+        snprintf(reason, sizeof reason, "%s", kv_last_error());
+        out->reason = reason;
+        return KV_OK;
+    }
+    char err[256];
+    kv_backend_device d = { .sm = 0 };
+    FORWARD_IF_ERROR(b->probe(&out->n_devices, &out->driver, &out->runtime, err, sizeof err));
+    RETURN_ERROR_IF(b->describe(number, &d, err, sizeof err) < 0, KV_E_DEVICE, "%s: %s", b->name, err);
+    snprintf(name, sizeof name, "%s", d.name);
+    out->name = name;
+    out->available = 1;
+    out->sm = d.sm;
+    out->abi = b->abi;
+    out->memory_bytes = d.memory_bytes;
+    return KV_OK;
+}
+
+int kv_device_hadamard(const char *device, float *x, const float *sign, int n_rows, int n)
+{
+    RETURN_ERROR_IF(!x, KV_E_ARG, "kv_device_hadamard: NULL argument");
+    RETURN_ERROR_IF(n_rows < 1 || n_rows > 1 << 24, KV_E_ARG, "hadamard: n_rows=%d is outside 1..%d", n_rows, 1 << 24);
+    RETURN_ERROR_IF(n < 1 || n > 4096 || (n & (n - 1)), KV_E_ARG, "hadamard: n=%d is not a power of two in 1..4096", n);
+    const kv_backend *b;
+    int dev, status = KV_OK;
+    FORWARD_IF_ERROR(kv_device_open(device, &b, &dev));
+    const size_t bytes = (size_t)n_rows * (size_t)n * sizeof(float);
+    char err[256] = "";
+    void *dx = b->alloc(dev, bytes, err, sizeof err), *ds = NULL;
+    if (!dx || (sign && !(ds = b->alloc(dev, (size_t)n * sizeof(float), err, sizeof err)))) status = KV_E_NOMEM;
+    if (status == KV_OK) status = b->upload(dev, dx, x, bytes, err, sizeof err);
+    if (status == KV_OK && sign) status = b->upload(dev, ds, sign, (size_t)n * sizeof(float), err, sizeof err);
+    if (status == KV_OK) status = b->hadamard(dev, dx, ds, n_rows, n, err, sizeof err);
+    if (status == KV_OK) status = b->sync(dev, err, sizeof err);
+    if (status == KV_OK) status = b->download(dev, x, dx, bytes, err, sizeof err);
+    if (dx) b->release(dev, dx);
+    if (ds) b->release(dev, ds);
+    return status < 0 ? kv_set_error(status, "%s: %s", b->name, err) : KV_OK;
+}
