@@ -1,0 +1,99 @@
+/* gemm.c -- the matrix products of prefill: OpenBLAS's sgemm, one call a thread, over weights dequantized in blocks.
+ *
+ * Tasks are blocks of output rows: a task dequantizes its rows once into scratch that stays in L2 and multiplies for every
+ * lane.  Shapes depend on the weight and on n alone, and a product never spans two lanes, so that results are the same for
+ * any number of threads and lanes: identical caches give identical logits. */
+#include <cblas.h>
+#include <pthread.h>
+#include "model.h"
+
+void openblas_set_num_threads(int n);
+
+enum { SCRATCH_FLOATS = 192 * 1536 /* 1.2 MB: a block of SmolLM2's widest rows, within half of a 2 MB L2 */, ROW_STEP = 16 /* rows of OpenBLAS's widest kernel */, MAX_ROWS = 192 };
+
+static pthread_once_t once = PTHREAD_ONCE_INIT;
+static void single_thread(void) { openblas_set_num_threads(1); }
+
+static void sgemm(CBLAS_TRANSPOSE tb, int m, int n, int k, float alpha, const float *a, int lda, const float *b, int ldb, float beta, float *c, int ldc)
+{
+    pthread_once(&once, single_thread);
+    cblas_sgemm(CblasRowMajor, CblasNoTrans, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
+}
+
+void kv_sgemm_nt(int m, int n, int k, float alpha, const float *a, int lda, const float *b, int ldb, float beta, float *c, int ldc)
+{
+    sgemm(CblasTrans, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
+}
+
+void kv_sgemm_nn(int m, int n, int k, float alpha, const float *a, int lda, const float *b, int ldb, float beta, float *c, int ldc)
+{
+    sgemm(CblasNoTrans, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
+}
+
+/* ---- scratch: one buffer a thread, grown as needed, freed when the thread ends */
+
+static pthread_key_t scratch_key;
+static pthread_once_t scratch_once = PTHREAD_ONCE_INIT;
+static _Thread_local struct { float *p; size_t n; } scratch;
+
+static void free_scratch(void *p) { kv_free(p); }
+static void make_scratch_key(void) { pthread_key_create(&scratch_key, free_scratch); }
+
+static float *scratch_floats(size_t n)
+{
+    if (n <= scratch.n) return scratch.p;
+    pthread_once(&scratch_once, make_scratch_key);
+    kv_free(scratch.p);
+    scratch.p = kv_alloc_array(n, sizeof(float), false);
+    scratch.n = scratch.p ? n : 0;
+    pthread_setspecific(scratch_key, scratch.p);
+    return scratch.p;
+}
+
+/* ---- linear layers */
+
+typedef struct {
+    const kv_weight *w;
+    int n_lanes, n, rows;
+    const float *const *x;
+    float *const *y;
+    const float *bias;
+    atomic_int status;
+} linear_job;
+
+static void linear_task(void *ctx, int task, int thread)
+{
+    (void)thread;
+    linear_job *const job = ctx;
+    const kv_weight *const w = job->w;
+    const int64_t row0 = (int64_t)task * job->rows;
+    const int n_in = (int)w->n_in, n_out = (int)w->n_out, rows = (int)kv_min64(job->rows, w->n_out - row0);
+    const float *block;
+    if (w->type == KV_W_F32 && (uintptr_t)w->data % sizeof(float) == 0) block = (const float *)(const void *)w->data + row0 * n_in;
+    else {
+        float *const own = scratch_floats((size_t)job->rows * (size_t)n_in);
+        if (!own) {
+            atomic_store(&job->status, KV_E_NOMEM);
+            return;
+        }
+        kv_weight_rows(w, row0, rows, own);
+        block = own;
+    }
+    for (int l = 0; l < job->n_lanes; l++) {
+        float *const y = job->y[l] + row0;
+        kv_sgemm_nt(job->n, rows, n_in, 1, job->x[l], n_in, block, n_in, 0, y, n_out);
+        for (int t = 0; job->bias && t < job->n; t++)
+            for (int r = 0; r < rows; r++) y[(size_t)t * (size_t)n_out + (size_t)r] += job->bias[row0 + r];
+    }
+}
+
+int kv_linear(const kv_weight *w, int n_lanes, int n, const float *const *x, float *const *y, const float *bias)
+{
+    /* About eight blocks a matrix, so that few threads end together; never more than the scratch holds. */
+    const int64_t fit = kv_max64(SCRATCH_FLOATS / w->n_in / ROW_STEP * ROW_STEP, ROW_STEP);
+    const int64_t rows = kv_min64(kv_min64(fit, MAX_ROWS), (int64_t)kv_round_up((size_t)(w->n_out + 7) / 8, ROW_STEP));
+    linear_job job = { w, n_lanes, n, (int)rows, x, y, bias, KV_OK };
+    kv_parallel((int)((w->n_out + rows - 1) / rows), linear_task, &job);
+    const int status = atomic_load(&job.status);
+    return status < 0 ? kv_set_error(status, "out of memory: scratch for %lld rows of %lld values", (long long)rows, (long long)w->n_in) : KV_OK;
+}
