@@ -55,6 +55,7 @@ struct kv_codec {
     int                 head_dim, page_tokens, side;
     double              value[KV_CODEC_MAX_PARAMS];   /* by index into ops->params */
     char                text[384];                    /* canonical parameters */
+    int                 caps;                         /* ops->caps; init takes away what these parameters cannot do */
     int                 granule, space_dim;
     size_t              page_bytes, query_bytes;
     kv_bytes            page;
@@ -69,6 +70,11 @@ static inline int kv_codec_fused(const kv_codec *c) { return c->ops->dot != NULL
  * scratch: page_tokens * head_dim floats. */
 void kv_tile_dot(const kv_codec *c, const uint8_t *page, int n_tokens, const float *q, int64_t q_ld, int n_q, float *scores, int64_t ld, float *scratch);
 void kv_tile_accumulate(const kv_codec *c, const uint8_t *page, int n_tokens, const float *p, int64_t ld, int n_q, float *acc /* [n_q][head_dim] */, float *scratch);
+
+/* Attention on f32 rows (rows.c): scores[q*s_ld + t] = <q, row t>;  acc[q*a_ld + i] += sum_t p[q*p_ld + t] row_t[i].
+ * SIMD by level, queries share the loads; the order of additions differs between levels, so results agree to rounding. */
+void kv_rows_dot(const float *x, int64_t ld, int n_rows, int dim, const float *q, int64_t q_ld, int n_q, float *scores, int64_t s_ld);
+void kv_rows_accumulate(const float *x, int64_t ld, int n_rows, int dim, const float *p, int64_t p_ld, int n_q, float *acc, int64_t a_ld);
 
 /* Shared stages (hadamard.c, lloyd.c). */
 void kv_fwht(float *x, int n);                        /* one row, orthonormal, SIMD by level; same bits at every level */
