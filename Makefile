@@ -37,17 +37,20 @@ $(BUILD)/kelvin_abi.h: $(BUILD)/kelvin_cdef.txt
 
 $(BUILD)/%.o: %.c $(BUILD)/kelvin_abi.h
 	@mkdir -p $(@D)
-	$(CC) $(KV_CFLAGS) -MMD -MP -c $< -o $@
+	@echo "  cc $<"
+	@$(CC) $(KV_CFLAGS) -MMD -MP -c $< -o $@
 
 $(LIB): $(OBJ) $(BUILD)/kelvin_cdef.lua
-	$(CC) $(CFLAGS) -shared -o $@ $(OBJ) $(LIBS) -Wl,-z,defs,-z,now
+	@echo "  link $@"
+	@$(CC) $(CFLAGS) -shared -o $@ $(OBJ) $(LIBS) -Wl,-z,defs,-z,now
 
 # ---- C tests see the internals: they link the objects.  Each prints lines and exits non-zero on failure.
 .PHONY: ctests
 ctests: $(CTESTS)
 $(BUILD)/tests/%: tests/c/%.c $(OBJ)
 	@mkdir -p $(@D)
-	$(CC) $(KV_CFLAGS) -MMD -MP -Itests/c $< $(OBJ) $(LIBS) -o $@
+	@echo "  cc $<"
+	@$(CC) $(KV_CFLAGS) -MMD -MP -Itests/c $< $(OBJ) $(LIBS) -o $@
 
 # ---- the CUDA plugin: cudart inside, no libkelvin symbols, loads without a driver.  Without nvcc it is left out, loudly.
 NVCC    ?= $(shell command -v nvcc 2>/dev/null)
@@ -68,9 +71,11 @@ cuda:
 endif
 $(BUILD)/kernels/%.o: kernels/%.cu $(wildcard kernels/*.cuh kernels/include/*) core/backend.h
 	@mkdir -p $(@D)
-	$(NVCC) $(NVCCFLAGS) -c $< -o $@
+	@echo "  nvcc $<"
+	@$(NVCC) $(NVCCFLAGS) -c $< -o $@
 $(CUDA_LIB): $(CUDA_SRC:%.cu=$(BUILD)/%.o)
-	$(NVCC) -shared -cudart static -Xlinker -z,defs -Xlinker --exclude-libs,ALL -o $@ $^
+	@echo "  link $@"
+	@$(NVCC) -shared -cudart static -Xlinker -z,defs -Xlinker --exclude-libs,ALL -o $@ $^
 
 .PHONY: clean
 clean:

@@ -12,14 +12,14 @@
 
 static struct plugin {
     const kv_backend *table;
-    char path[PATH_MAX], reason[512];
+    char path[PATH_MAX], reason[PATH_MAX + 512];
 } cuda;
 static pthread_once_t cuda_once = PTHREAD_ONCE_INIT;
 
 static void load_cuda(void)
 {
     Dl_info self;
-    if (!dladdr((void *)&load_cuda, &self) || !self.dli_fname) {
+    if (!dladdr(&cuda, &self) || !self.dli_fname) {
         snprintf(cuda.reason, sizeof cuda.reason, "the folder of libkelvin.so is unknown");
         return;
     }
@@ -38,7 +38,7 @@ static void load_cuda(void)
         memcpy(&get, &symbol, sizeof get);
     }
     if (!get) {
-        snprintf(cuda.reason, sizeof cuda.reason, "%s does not load: %s", cuda.path, dlerror());
+        snprintf(cuda.reason, sizeof cuda.reason, "%s does not load: %.400s", cuda.path, dlerror());
         return;
     }
     const kv_backend *table = get();
@@ -79,7 +79,7 @@ int kv_device_open(const char *device, const kv_backend **out, int *number)
 
 int kv_device_query(const char *device, kv_device_info *out)
 {
-    static _Thread_local char name[160], reason[1024];
+    static _Thread_local char name[160], reason[1100];
     RETURN_ERROR_IF(!out, KV_E_ARG, "kv_device_query: NULL argument");
     *out = (kv_device_info){ .name = "", .reason = "", .plugin = "" };
     const kv_backend *b;
