@@ -78,7 +78,8 @@ void kv_rows_accumulate(const float *x, int64_t ld, int n_rows, int dim, const f
 
 /* Shared stages (hadamard.c, lloyd.c). */
 void kv_fwht(float *x, int n);                        /* one row, orthonormal, SIMD by level; same bits at every level */
-float kv_sumsq(const float *x, int n);                /* 16 partial sums by index mod 16, then a fixed tree; same bits at every level */
+float kv_dot16(const float *a, const float *b, int n);  /* 16 partial sums by index mod 16, then a fixed tree; same bits at every level */
+float kv_sumsq(const float *x, int n);                /* kv_dot16(x, x, n) */
 
 #define KV_CODEC(name) extern const kv_codec_ops kv_codec_##name;
 #include "codecs/registry.def"
