@@ -1,0 +1,385 @@
+--- kelvin.codec: a codec by name and parameters.
+--
+-- A family is a C file (`int`, `scalar`, `raw`, `canary`); a preset is a name from the literature that stands for a family
+-- with parameters, a file in configs/codecs/.  A codec object says which; what C needs besides (head_dim, tokens in a page,
+-- keys or values) comes from the place it is used in, and each such instance is made once.
+
+local K = require "kelvin.ffi"
+local C, ffi = K.C, K.ffi
+local check = require "kelvin.check"
+local tensor = require "kelvin.tensor"
+local bytes = require "kelvin.bytes"
+local config = require "kelvin.config"
+local doc = require("kelvin.help").doc
+
+local M, Codec, Block = {}, {}, {}
+Codec.__index, Block.__index = {}, {}
+Codec.__name, Block.__name = "codec", "block"
+
+M.PAGE_TOKENS = 64       -- a page's default length; kv_plan_new takes the same
+
+-- ---- families and presets -----------------------------------------------------------------------------------------
+
+local families, presets, order
+
+local function text(p) return p ~= nil and ffi.string(p) or "" end
+
+local function load_families()
+  families = {}
+  local d, p = ffi.new "kv_codec_desc[1]", ffi.new "kv_param[1]"
+  for i = 0, C.kv_codec_count() - 1 do
+    check(C.kv_codec_describe(i, d))
+    local f = { name = text(d[0].name), about = text(d[0].about), source = text(d[0].source), format = d[0].format, caps = d[0].caps, params = {}, by_name = {} }
+    for j = 0, d[0].n_params - 1 do
+      check(C.kv_codec_param_at(i, j, p))
+      local q = { name = text(p[0].name), about = text(p[0].about), type = p[0].type, def = p[0].def, min = p[0].min, max = p[0].max }
+      if p[0].type == C.KV_PARAM_CHOICE then
+        q.choices = {}
+        for word in text(p[0].choices):gmatch "[^|]+" do q.choices[#q.choices + 1] = word end
+        q.def = q.choices[q.def + 1]
+      end
+      f.params[j + 1], f.by_name[q.name] = q, q
+    end
+    families[f.name] = f
+  end
+end
+
+local function merged(...)
+  local out = {}
+  for i = 1, select("#", ...) do
+    for k, v in pairs((select(i, ...)) or {}) do out[k] = v end
+  end
+  return out
+end
+
+local function load_presets()
+  presets, order = {}, {}
+  for _, file in ipairs(config.list "codecs") do
+    local c = config.load("codecs", file)
+    local function add(name, v, aliases)
+      local p = { name = name, family = c.family, about = v.about or c.about, source = v.source or c.source,
+        params = merged(c.params, v.params), k = merged(c.k, v.k), v = merged(c.v, v.v) }
+      presets[name] = p
+      order[#order + 1] = name
+      for _, alias in ipairs(aliases or {}) do presets[alias] = p end
+    end
+    if c.about and not c.abstract then add(file, {}, c.aliases) end
+    local names = {}
+    for name in pairs(c.variants or {}) do names[#names + 1] = name end
+    table.sort(names)
+    for _, name in ipairs(names) do add(name, c.variants[name], c.variants[name].aliases) end
+  end
+end
+
+local function load()
+  if not families then load_families() end
+  if not presets then load_presets() end
+end
+
+local function all_names()
+  load()
+  local names = {}
+  for name in pairs(families) do names[#names + 1] = name end
+  for name in pairs(presets) do if not families[name] then names[#names + 1] = name end end
+  table.sort(names)
+  return names
+end
+M.names = all_names
+
+local function param_names(f)
+  local out = {}
+  for i, p in ipairs(f.params) do out[i] = p.name end
+  return out
+end
+
+-- Ranges are checked here as well as in C, so that a wrong value is refused where it is written, before a head_dim is known.
+local function check_params(label, f, params)
+  for name, value in pairs(params) do
+    local p = f.by_name[name]
+    check.that(p, "codec '%s': unknown parameter '%s'; allowed: %s", label, tostring(name), p and "" or table.concat(param_names(f), ", "))
+    if type(value) == "boolean" then value = value and 1 or 0 end
+    if p.choices then
+      local ok
+      for _, word in ipairs(p.choices) do ok = ok or word == tostring(value) end
+      check.that(ok, "codec '%s': %s=%s is none of %s", label, name, tostring(value), table.concat(p.choices, ", "))
+    else
+      check.that(type(value) == "number", "codec '%s': %s=%s is not a number", label, name, tostring(value))
+      check.that(value >= p.min and value <= p.max, "codec '%s': %s=%.14g is outside %.14g..%.14g", label, name, value, p.min, p.max)
+      check.that(p.type ~= C.KV_PARAM_INT or value % 1 == 0, "codec '%s': %s=%.14g is not a whole number", label, name, value)
+    end
+  end
+end
+
+local function param_text(f, params)
+  local out = {}
+  for _, p in ipairs(f.params) do
+    local v = params[p.name]
+    if type(v) == "boolean" then v = v and 1 or 0 end
+    if type(v) == "number" then v = v % 1 == 0 and ("%d"):format(v) or ("%.17g"):format(v) end
+    if v ~= nil then out[#out + 1] = p.name .. "=" .. v end
+  end
+  return table.concat(out, ",")
+end
+
+--- "a=1,b=word" as a table, numbers as numbers.
+function M._parse_params(s)
+  local out = {}
+  for name, value in s:gmatch "([%w_]+)=([^,]+)" do out[name] = tonumber(value) or value end
+  return out
+end
+
+-- ---- codec objects ------------------------------------------------------------------------------------------------
+
+doc("kv.codec", [[
+  kv.codec(name [, params]) -> codec
+  A codec by family (int, scalar, raw, canary) or preset (q4_0, kivi-2, turboquant-4, …), with parameters: kv.codec("int", { bits = 3 }).
+  c:roundtrip(t) -> tensor   c:encode(t) -> block   c:fit_bits(target) -> codec   c.info: bits, bytes, layout
+  Tensors are f32 [heads, tokens, dim].  Unknown names and values out of range are errors that say what is allowed.
+  kv.codecs() lists them; `?kv.codecs`.]])
+function M.new(name, params)
+  if getmetatable(name) == Codec then
+    return params and next(params) and M.new(name.name, merged(name.given, params)) or name
+  end
+  check.that(type(name) == "string", "kv.codec: name is a %s, a string is needed", type(name))
+  check.that(params == nil or type(params) == "table", "kv.codec: parameters of '%s' are a %s, a table is needed", name, type(params))
+  load()
+  local preset = not families[name] and presets[name] or nil
+  if not preset and not families[name] then
+    check.fail("codec '%s' is unknown%s", name, check.suggest(name, all_names(), "known"))
+  end
+  local f = families[preset and preset.family or name]
+  check.that(f, "preset '%s': family '%s' is not in this library", name, preset and preset.family or "")
+  local c = { name = name, family = f.name, given = merged(params), instances = {}, preset = preset, about = (preset or f).about, source = (preset or f).source }
+  check_params(name, f, c.given)
+  c.side_params = {}
+  for _, side in ipairs { "k", "v" } do
+    c.side_params[side] = merged(preset and preset.params, preset and preset[side], c.given)
+    check_params(name, f, c.side_params[side])
+  end
+  c.control = bit.band(f.caps, C.KV_CAP_CONTROL) ~= 0
+  return setmetatable(c, Codec)
+end
+
+function M.is(c) return getmetatable(c) == Codec end
+
+--- The family's description: about, source, params.
+function M.family(name)
+  load()
+  return families[name]
+end
+
+--- Whether the codec has a parameter, and its description.
+function Codec.__index:param(name) return families[self.family].by_name[name] end
+
+--- A parameter's value on a side ("k" by default), the family's default where none is given.
+function Codec.__index:value(name, side)
+  local p = self:param(name)
+  if not p then return nil end
+  local v = self.side_params[side or "k"][name]
+  if v == nil then v = p.def end
+  return v
+end
+
+--- A copy with other parameters: c:with{ bits = 3 }.
+function Codec.__index:with(params) return M.new(self.name, merged(self.given, params)) end
+
+local side_code = { k = C.KV_SIDE_K, v = C.KV_SIDE_V }
+
+--- For modules here: the C codec for a head_dim, page length and side.
+function Codec.__index:_instance(head_dim, page_tokens, side)
+  page_tokens, side = page_tokens or M.PAGE_TOKENS, side or "k"
+  check.that(side_code[side], "codec '%s': side '%s' is neither k nor v", self.name, tostring(side))
+  local key = head_dim .. "/" .. page_tokens .. "/" .. side
+  local c = self.instances[key]
+  if not c then
+    local params = param_text(families[self.family], self.side_params[side])
+    c = K.handle("kv_codec", C.kv_codec_free, function(out) return C.kv_codec_new(out, self.family, params, head_dim, page_tokens, side_code[side]) end)
+    self.instances[key] = c
+    self.head_dim = self.head_dim or head_dim
+  end
+  return c
+end
+
+doc("codec:info_for", [[
+  c:info_for(head_dim, page_tokens = 64, side = "k") -> table
+  What the codec is at a geometry: family, params (every one, canonical text), granule (tokens encoded at once), fused,
+  page_bytes of one head's page, page (the same by purpose), bits_nominal (codes alone), bits_payload (all stored bits per
+  element).  c.info is the same at the head_dim it was last used with, or at 64.]])
+function Codec.__index:info_for(head_dim, page_tokens, side)
+  local info = ffi.new "kv_codec_info[1]"
+  check(C.kv_codec_get_info(self:_instance(head_dim, page_tokens, side), info))
+  local i = info[0]
+  return { family = text(i.family), params = text(i.params), head_dim = i.head_dim, page_tokens = i.page_tokens, side = i.side == 0 and "k" or "v",
+    caps = i.caps, format = i.format, granule = i.granule, fused = i.fused ~= 0, page_bytes = i.page_bytes, page = bytes.new(i.page, i.page_tokens * i.head_dim),
+    bits_nominal = i.bits_nominal, bits_payload = i.bits_payload, layout = ("%d tokens x %d dims in %d bytes, granule %d"):format(i.page_tokens, i.head_dim, i.page_bytes, i.granule) }
+end
+
+local methods = Codec.__index
+function Codec.__index(self, key)
+  if key == "info" then return methods.info_for(self, rawget(self, "head_dim") or 64) end
+  return methods[key]
+end
+
+function Codec:__tostring()
+  local ok, i
+  for _, d in ipairs { rawget(self, "head_dim") or 64, 128, 256 } do
+    ok, i = pcall(self.info_for, self, d)
+    if ok then break end
+  end
+  if not ok then return ("codec %s (%s)"):format(self.name, self.family) end
+  local v = self:info_for(i.head_dim, i.page_tokens, "v")
+  local params = v.params == i.params and i.params or ("k: %s; v: %s"):format(i.params, v.params)
+  local bits = v.bits_payload == i.bits_payload and ("%.3g"):format(i.bits_payload) or ("k %.3g, v %.3g"):format(i.bits_payload, v.bits_payload)
+  return ("codec %s: %s(%s)  %s bits/elem at d=%d (codes %.3g)  %s%s"):format(self.name, self.family, params, bits, i.head_dim, i.bits_nominal,
+    i.fused and "fused" or "tiles", self.control and "  CONTROL: made to fail" or "")
+end
+
+-- A tensor as [heads, tokens, dim]: rows alone are one head.
+local function as_heads(t)
+  check.that(tensor.is(t), "codec: a %s given, a tensor [heads, tokens, dim] is needed", type(t))
+  local v = t:_view()
+  check.that(v.ndim == 2 or v.ndim == 3, "codec: a tensor of %d dimensions given, [heads, tokens, dim] or [tokens, dim] is needed", v.ndim)
+  if v.ndim == 3 then return t, v end
+  local w = ffi.new "kv_tensor"
+  w.data, w.dtype, w.device, w.ndim = v.data, v.dtype, v.device, 3
+  w.shape[0], w.shape[1], w.shape[2] = 1, v.shape[0], v.shape[1]
+  w.stride[0], w.stride[1], w.stride[2] = v.stride[0] * v.shape[0], v.stride[0], v.stride[1]
+  return t, w
+end
+
+doc("codec:encode", [[
+  c:encode(t [, { side = "k", page_tokens = 64 }]) -> block
+  Encodes f32 [heads, tokens, dim] (or [tokens, dim]).  Tokens past the last whole granule stay f16 and count as exact.
+  b:decode([first, last]) -> tensor   b:bytes() -> by purpose   b:dot(q) -> scores   b:accumulate(p) -> out   b:page(head, page)
+  NaN or inf in t is an error.]])
+function methods:encode(t, o)
+  o = o or {}
+  local _, view = as_heads(t)
+  local head_dim = view.shape[2]
+  local c = self:_instance(head_dim, o.page_tokens, o.side)
+  local b = K.handle("kv_block", C.kv_block_free, function(out) return C.kv_block_encode(out, c, view) end)
+  return setmetatable({ _b = b, codec = self, side = o.side or "k", page_tokens = o.page_tokens or M.PAGE_TOKENS,
+    heads = view.shape[0], tokens = view.shape[1], head_dim = head_dim, rows_only = t:_view().ndim == 2 }, Block)
+end
+
+doc("codec:roundtrip", [[
+  c:roundtrip(t [, { side = "k", page_tokens = 64 }]) -> tensor
+  Encodes and decodes; the result remembers its bits, so that kv.compare(t, c:roundtrip(t)) shows them.]])
+function methods:roundtrip(t, o)
+  local b = self:encode(t, o)
+  local out = b:decode()
+  out.bits, out.codec = b:bytes(), self.name
+  return out
+end
+
+doc("codec:fit_bits", [[
+  c:fit_bits(target [, { head_dim = 64, side = "k" }]) -> codec
+  The same codec at the legal setting nearest to `target` stored bits per element.]])
+function methods:fit_bits(target, o)
+  o = o or {}
+  local side = o.side or "k"
+  check.that(side_code[side], "codec '%s': side '%s' is neither k nor v", self.name, tostring(side))
+  local buf = ffi.new "char[512]"
+  local params = param_text(families[self.family], self.side_params[side])
+  check(C.kv_codec_fit_bits(self.family, params, o.head_dim or rawget(self, "head_dim") or 64, side_code[side], target, buf, 512))
+  return M.new(self.name, merged(self.given, M._parse_params(ffi.string(buf))))
+end
+
+-- ---- blocks -------------------------------------------------------------------------------------------------------
+
+function Block.__index:decode(first, last)
+  first, last = first or 1, last or self.tokens
+  check.that(first >= 1 and first <= last and last <= self.tokens, "block: tokens %s..%s are outside 1..%d", tostring(first), tostring(last), self.tokens)
+  local t = tensor.zeros { self.heads, last - first + 1, self.head_dim }
+  check(C.kv_block_decode(self._b, first - 1, last, t:_view()))
+  return self.rows_only and t:select(1, 1) or t
+end
+
+--- Bytes by purpose, and bits per element.
+function Block.__index:bytes()
+  local b = ffi.new "kv_bytes[1]"
+  check(C.kv_block_bytes(self._b, b))
+  return bytes.new(b[0], self.heads * self.tokens * self.head_dim)
+end
+
+function Block.__index:shape() return { self.heads, self.tokens, self.head_dim } end
+
+local function fused_flag(self, o)
+  local f = o and o.fused
+  if f == nil then f = self.codec:info_for(self.head_dim, self.page_tokens, self.side).fused end
+  return f and 1 or 0
+end
+
+--- b:dot(q [, { fused = true }]): scores [heads, queries, tokens] of q [heads, queries, dim].
+function Block.__index:dot(q, o)
+  local _, v = as_heads(q)
+  local t = tensor.zeros { self.heads, v.shape[1], self.tokens }
+  check(C.kv_block_dot(self._b, v, fused_flag(self, o), t:_view()))
+  return t
+end
+
+--- b:accumulate(p [, { fused = true }]): [heads, queries, dim], sum over tokens of p [heads, queries, tokens] times the row.
+function Block.__index:accumulate(p, o)
+  local _, v = as_heads(p)
+  local t = tensor.zeros { self.heads, v.shape[1], self.head_dim }
+  check(C.kv_block_accumulate(self._b, v, fused_flag(self, o), t:_view()))
+  return t
+end
+
+--- b:page(head, page): the encoded bytes of one page as a string.
+function Block.__index:page(head, page)
+  local data, n = ffi.new "uint8_t*[1]", ffi.new "double[1]"
+  check(C.kv_block_page(self._b, head - 1, page - 1, data, n))
+  return ffi.string(data[0], n[0])
+end
+
+function Block:__tostring()
+  return ("block %s [%d heads, %d tokens, %d dim]  %s"):format(self.codec.name, self.heads, self.tokens, self.head_dim, tostring(self:bytes()))
+end
+
+-- ---- lists --------------------------------------------------------------------------------------------------------
+
+doc("kv.codecs", [[
+  kv.codecs() -> list
+  Families and presets that there are, with a line about each.  kv.codecs "int" describes one: parameters, ranges, source.]])
+function M.list(name)
+  load()
+  if name then return M.describe(name) end
+  local rows = {}
+  local names = {}
+  for n in pairs(families) do names[#names + 1] = n end
+  table.sort(names)
+  for _, n in ipairs(names) do rows[#rows + 1] = { name = n, kind = "family", family = n, about = families[n].about, source = families[n].source } end
+  for _, n in ipairs(order) do
+    if not families[n] then rows[#rows + 1] = { name = n, kind = "preset", family = presets[n].family, about = presets[n].about, source = presets[n].source } end
+  end
+  return setmetatable(rows, { __tostring = function(t)
+    local out = {}
+    for i, r in ipairs(t) do out[i] = ("  %-18s %-7s %-7s %s"):format(r.name, r.kind, r.kind == "preset" and r.family or "", r.about) end
+    return table.concat(out, "\n")
+  end })
+end
+
+--- describe(name): what a family or preset is, its parameters with ranges and where it comes from.
+function M.describe(name)
+  local c = M.new(name)
+  local f = families[c.family]
+  local d = { name = name, family = c.family, about = c.about, source = c.source, params = f.params, k = c.side_params.k, v = c.side_params.v }
+  return setmetatable(d, { __tostring = function()
+    local out = { tostring(c), "  " .. d.about, "  source: " .. d.source, "  parameters:" }
+    for _, p in ipairs(f.params) do
+      local range = p.choices and table.concat(p.choices, " | ") or ("%.14g..%.14g"):format(p.min, p.max)
+      local k, v = c:value(p.name, "k"), c:value(p.name, "v")
+      local value = k == v and tostring(k) or ("k %s, v %s"):format(tostring(k), tostring(v))
+      out[#out + 1] = ("    %-10s %-14s %-28s %s"):format(p.name, value, range, p.about)
+    end
+    return table.concat(out, "\n")
+  end })
+end
+
+return setmetatable(M, {
+  __call = function(_, name, params) return M.new(name, params) end,
+  __index = function(_, key)
+    if key == "parse_arm" then return require("kelvin.arm").parse end
+  end,
+})

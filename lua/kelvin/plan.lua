@@ -1,0 +1,99 @@
+--- kelvin.plan: a policy's result, resolved: which codec for K and for V of every layer and head, as C holds it.
+
+local K = require "kelvin.ffi"
+local C, ffi = K.C, K.ffi
+local check = require "kelvin.check"
+local doc = require("kelvin.help").doc
+
+local M, Plan = {}, {}
+Plan.__index, Plan.__name = {}, "plan"
+
+local exact_code = { f16 = C.KV_EXACT_F16, f32 = C.KV_EXACT_F32, bf16 = C.KV_EXACT_BF16 }
+
+local function codec_entry(c, head_dim, page_tokens, side)
+  local i = c:info_for(head_dim, page_tokens, side)
+  return { codec = c.name, family = i.family, params = i.params, format = i.format, granule = i.granule, fused = i.fused,
+    bits_nominal = i.bits_nominal, bits_payload = i.bits_payload }
+end
+
+doc("kv.plan", [[
+  A plan is what kv.policy.resolve(policy, model) returns and model:session{ plan = } takes.
+  plan.resolved: { name, params, page_tokens, layers = { { k, v, sink, recent, mean, page_rope, exact } } } with every parameter of
+  every codec, by head where heads differ.  plan:describe() prints it, plan.bits_nominal and plan.bits_payload are its means.]])
+function M.new(model, layers, o)
+  local page_tokens, head_dim = o.page_tokens, model.head_dim
+  local handle = K.handle("kv_plan", C.kv_plan_free, function(out) return C.kv_plan_new(out, model.n_layers, model.n_kv_heads, head_dim, page_tokens) end)
+  local plan = setmetatable({ name = o.name, handle = handle, model_name = model.name, page_tokens = page_tokens }, Plan)
+  local resolved = { name = o.name, params = o.params, page_tokens = page_tokens, layers = {} }
+  local mean = ffi.new("float[?]", head_dim)
+  local nominal, payload, control = { k = 0, v = 0 }, { k = 0, v = 0 }, false
+  for l, y in ipairs(layers) do
+    check(C.kv_plan_window(handle, l - 1, y.sink, y.recent, exact_code[y.exact]))
+    local r = { sink = y.sink, recent = y.recent, mean = y.mean, page_rope = y.page_rope, exact = y.exact }
+    for side, code in pairs { k = C.KV_SIDE_K, v = C.KV_SIDE_V } do
+      local heads = {}
+      for h = 1, model.n_kv_heads do
+        local c = y[side][0] or y[side][h]
+        check(C.kv_plan_set(handle, l - 1, h - 1, code, c:_instance(head_dim, page_tokens, side)))
+        heads[h] = codec_entry(c, head_dim, page_tokens, side)
+        nominal[side], payload[side] = nominal[side] + heads[h].bits_nominal, payload[side] + heads[h].bits_payload
+        control = control or c.control
+        local has = y.mean == side or y.mean == "both" or y.mean == "bias" and side == "k"
+        if has then
+          if y.mean == "bias" then
+            check.that(model.has_kv_bias, "policy '%s': mean=bias, but model '%s' has no key bias", o.name, model.name)
+            check(C.kv_model_bias_mean(model._m, l - 1, h - 1, y.page_rope and page_tokens or model.n_ctx_train, mean))
+          else
+            check.that(o.calib, "policy '%s': mean=%s needs calibration: pass calib = model:calibrate{...} (--calib FILE)", o.name, y.mean)
+            o.calib:_mean(side, l, h, y.page_rope and page_tokens, mean)
+          end
+          check(C.kv_plan_mean(handle, l - 1, h - 1, code, mean))
+        end
+        if side == "k" and y.page_rope then check(C.kv_plan_page_rope(handle, l - 1, h - 1, 1)) end
+      end
+      r[side] = y[side][0] and heads[1] or heads
+    end
+    resolved.layers[l] = r
+  end
+  check(C.kv_plan_check(handle))
+  local n = model.n_layers * model.n_kv_heads
+  plan.resolved, plan.layers, plan.control = resolved, layers, control
+  plan.calib = o.calib and o.calib:describe() or nil
+  plan.bits_nominal = { k = nominal.k / n, v = nominal.v / n, mean = (nominal.k + nominal.v) / (2 * n) }
+  plan.bits_payload = { k = payload.k / n, v = payload.v / n, mean = (payload.k + payload.v) / (2 * n) }
+  return plan
+end
+
+function M.is(p) return getmetatable(p) == Plan end
+
+local function side_text(s)
+  if s.codec then return s.codec .. "(" .. s.params .. ")" end
+  local out = {}
+  for h, c in ipairs(s) do out[h] = ("%d:%s(%s)"):format(h, c.codec, c.params) end
+  return table.concat(out, " ")
+end
+
+--- plan:describe(): a line for every run of equal layers.
+function Plan.__index:describe()
+  local out, first, last_text = {}, nil, nil
+  local layers = self.resolved.layers
+  local function flush(to)
+    if first then out[#out + 1] = ("  layers %d-%d: %s"):format(first, to, last_text) end
+  end
+  for l, y in ipairs(layers) do
+    local t = ("k %s  v %s  sink %d  recent %d  mean %s%s  exact %s"):format(side_text(y.k), side_text(y.v), y.sink, y.recent, y.mean, y.page_rope and "  page_rope" or "", y.exact)
+    if t ~= last_text then
+      flush(l - 1)
+      first, last_text = l, t
+    end
+  end
+  flush(#layers)
+  return tostring(self) .. "\n" .. table.concat(out, "\n")
+end
+
+function Plan:__tostring()
+  return ("plan %s: %d layers, bits/elem k %.3f, v %.3f (payload), pages of %d tokens"):format(self.name, #self.resolved.layers,
+    self.bits_payload.k, self.bits_payload.v, self.page_tokens)
+end
+
+return M
