@@ -179,8 +179,17 @@ void kv_matvec_plain(const kv_weight *w, const kv_act *a, int64_t row0, int64_t 
     }
 }
 
-void kv_weight_rows(const kv_weight *w, int64_t row0, int64_t n_rows, float *dst) { kv_weight_rows_plain(w, row0, n_rows, dst); }
-void kv_matvec(const kv_weight *w, const kv_act *a, int64_t row0, int64_t row1, float *y) { kv_matvec_plain(w, a, row0, row1, y); }
+void kv_weight_rows(const kv_weight *w, int64_t row0, int64_t n_rows, float *dst)
+{
+    const int level = kv_cpu_simd();
+    (level >= KV_SIMD_AVX2 ? kv_weight_rows_avx2 : kv_weight_rows_plain)(w, row0, n_rows, dst);
+}
+
+void kv_matvec(const kv_weight *w, const kv_act *a, int64_t row0, int64_t row1, float *y)
+{
+    const int level = kv_cpu_simd();
+    (level >= KV_SIMD_AVX512 ? kv_matvec_avx512 : level >= KV_SIMD_AVX2 ? kv_matvec_avx2 : kv_matvec_plain)(w, a, row0, row1, y);
+}
 
 /* ---- activations */
 
@@ -189,14 +198,13 @@ int kv_act_reserve(kv_act *a, int64_t n)
     RETURN_ERROR_IF(n < 1 || n > INT32_MAX, KV_E_ARG, "activations: n=%lld is outside 1..2^31-1", (long long)n);
     const size_t cap = kv_round_up((size_t)n, KV_ACT_PAD);
     if (cap <= a->cap) return KV_OK;
-    /* One allocation: x f32, q i16, digits 2 x i8, scale and sum f32 per 32, half sums 2 x f32 per 32. */
-    float *const x = kv_zalloc(cap * 8 + cap / 32 * 16);
+    float *const x = kv_alloc(cap * 8 + cap / 32 * 24);       /* x 4 bytes, q 2, digits 2; scale, sum and their halves 24 per 32 */
     if (!x) return KV_E_NOMEM;
     kv_act_free(a);
     a->x = x;
     a->q = (int16_t *)(x + cap);
     a->extra = a->q + cap;
-    a->scale = (float *)((char *)a->extra + 2 * cap);
+    a->scale = (float *)((char *)a->extra + 2 * cap) + cap / 8;
     a->sum = a->scale + cap / 32;
     a->cap = cap;
     return KV_OK;
@@ -208,9 +216,40 @@ void kv_act_free(kv_act *a)
     *a = (kv_act){ 0 };
 }
 
+static void quantize(kv_act *a, int64_t n)
+{
+    float *const scale16 = kv_act_scale16(a), *const sum16 = kv_act_sum16(a);
+    for (int64_t g = 0; g < n / 32; g++) {
+        const float *const x = a->x + 32 * g;
+        int8_t *const digits = (int8_t *)a->extra + 64 * g;
+        uint32_t top = 0;                                     /* of the bits: NaN is above inf, inf above all numbers */
+        for (int i = 0; i < 32; i++) {
+            const uint32_t u = kv_f32_bits(x[i]) & 0x7fffffffu;
+            if (u > top) top = u;
+        }
+        const float amax = kv_bits_f32(top), inv = kv_act_inverse(amax), scale = amax / KV_ACT_MAX;
+        int32_t sum[2] = { 0 };
+        for (int i = 0; i < 32; i++) {
+            const int q = inv > 0 ? (int)lrintf(x[i] * inv) : 0, high = (q + 128) >> 8;
+            a->q[32 * g + i] = (int16_t)q;
+            digits[i] = (int8_t)(q - 256 * high);
+            digits[32 + i] = (int8_t)high;
+            sum[i / 16] += q;
+        }
+        for (int h = 0; h < 2; h++) {
+            scale16[2 * g + h] = scale;
+            sum16[2 * g + h] = scale * (float)sum[h];
+        }
+        a->scale[g] = scale;
+        a->sum[g] = sum16[2 * g] + sum16[2 * g + 1];
+    }
+}
+
 void kv_act_set(kv_act *a, const float *x, int64_t n)
 {
+    const size_t padded = kv_round_up((size_t)n, KV_ACT_PAD);
     a->n = n;
     memcpy(a->x, x, (size_t)n * sizeof *x);
-    memset(a->x + n, 0, (kv_round_up((size_t)n, KV_ACT_PAD) - (size_t)n) * sizeof *x);
+    memset(a->x + n, 0, (padded - (size_t)n) * sizeof *x);
+    (kv_cpu_simd() >= KV_SIMD_AVX2 ? kv_act_quantize_avx2 : quantize)(a, (int64_t)padded);
 }
