@@ -182,8 +182,9 @@ static int need_forward(kv_eval *e, int n_lanes, int n)
 /* What one kv_forward_begin gets: the next piece of the chunk, or in stream mode the next token. */
 static int begin_piece(kv_eval *e)
 {
-    const int whole = e->mode == KV_EVAL_STREAM ? 1 : e->n > MAX_ONE_FEED ? PIECE : e->n;
-    e->piece = kv_min(whole, e->n - e->fed);
+    const int whole = e->mode == KV_EVAL_STREAM ? 1 : e->n > MAX_ONE_FEED ? PIECE : e->n, left = e->n - e->fed;
+    e->piece = kv_min(whole, left);
+    if (whole > 1 && left - e->piece == 1) e->piece--;       /* a rest of one token would take the decode path */
     return kv_forward_begin(e->fwd, e->cache + e->first_lane, e->tokens + e->fed, e->piece);
 }
 
