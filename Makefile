@@ -4,6 +4,16 @@ BUILD   ?= build/$(FLAVOUR)
 CC      ?= cc
 LUAJIT  ?= luajit
 
+.PHONY: help
+help:
+	@echo 'make            build/$(FLAVOUR): libkelvin.so, bin/kelvin and, with nvcc, libkelvin_cuda.so'
+	@echo 'make demo       install packages, build, fetch a model and a text, measure, name the report (MODEL=, TEXT= for your own)'
+	@echo 'make test       build, lint, every test; the last line is N passed, N failed, N skipped'
+	@echo 'make lint | asan | fuzz [FUZZ_SECONDS=60]'
+	@echo 'make cuda       the CUDA plugin alone        make gpu-test   its specs, on a machine with a GPU'
+	@echo 'make install PREFIX=/usr/local               make dist       a tree that runs on another machine'
+	@echo 'make bench      the speed pages rows         make clean'
+
 # The rules of arithmetic: no contraction, no fast-math, so that plain C, SIMD and CUDA give the same bytes.
 CSTD    := -std=c11 -D_GNU_SOURCE
 WARN    := -Wall -Wextra -Wpedantic -Wshadow -Wstrict-prototypes -Wpointer-arith -Werror
@@ -23,6 +33,7 @@ OBJ     := $(CORE:%.c=$(BUILD)/%.o)
 LIB     := $(BUILD)/libkelvin.so
 CTESTS  := $(patsubst tests/c/%.c,$(BUILD)/tests/%,$(sort $(wildcard tests/c/test_*.c)))
 
+.DEFAULT_GOAL := all
 .PHONY: all
 all: $(LIB) cuda
 
@@ -76,6 +87,66 @@ $(BUILD)/kernels/%.o: kernels/%.cu $(wildcard kernels/*.cuh kernels/include/*) c
 $(CUDA_LIB): $(CUDA_SRC:%.cu=$(BUILD)/%.o)
 	@echo "  link $@"
 	@$(NVCC) -shared -cudart static -Xlinker -z,defs -Xlinker --exclude-libs,ALL -o $@ $^
+
+# ---- lint, sanitizers, fuzzing
+.PHONY: lint asan fuzz
+lint:
+	@sh tests/lint.sh
+
+# The C tests under ASan and UBSan.  LuaJIT's own heap is not ASan's business, so specs run in the release flavour.
+asan:
+	@$(MAKE) --no-print-directory FLAVOUR=asan ctests
+	@fail=0; for t in $(patsubst tests/c/%.c,build/asan/tests/%,$(sort $(wildcard tests/c/test_*.c))); do \
+	  echo "  $$t"; ASAN_OPTIONS=detect_leaks=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 $$t > $$t.log 2>&1 || { fail=1; tail -30 $$t.log; }; done; exit $$fail
+
+# FUZZ_SECONDS for each target in tests/fuzz; findings stay in build/fuzz/.
+FUZZ_SECONDS ?= 60
+FUZZERS := $(patsubst tests/fuzz/%.c,build/fuzz/bin/%,$(sort $(wildcard tests/fuzz/fuzz_*.c)))
+fuzz:
+	@$(MAKE) --no-print-directory FLAVOUR=fuzz CC=clang fuzzers
+	@for f in $(FUZZERS); do n=$$(basename $$f); mkdir -p build/fuzz/corpus/$$n; echo "  $$n, $(FUZZ_SECONDS) s"; \
+	  (cd build/fuzz && bin/$$n -max_total_time=$(FUZZ_SECONDS) -timeout=10 -rss_limit_mb=2048 -print_final_stats=1 corpus/$$n > $$n.log 2>&1) || { tail -30 build/fuzz/$$n.log; exit 1; }; \
+	  grep -E 'stat::number_of_executed_units' build/fuzz/$$n.log; done
+.PHONY: fuzzers
+fuzzers: $(FUZZERS)
+build/fuzz/bin/%: tests/fuzz/%.c $(OBJ)
+	@mkdir -p $(@D)
+	@echo "  cc $<"
+	@$(CC) $(subst fuzzer-no-link,fuzzer,$(KV_CFLAGS)) $< $(OBJ) $(LIBS) -o $@
+
+# ---- installing, and a tree that runs elsewhere
+PREFIX  ?= /usr/local
+DESTDIR ?=
+INST     = $(DESTDIR)$(PREFIX)
+.PHONY: install
+install: all
+	@mkdir -p $(INST)/bin $(INST)/lib $(INST)/share/kelvin
+	@install -m 755 $(HOST) $(INST)/bin/kelvin
+	@install -m 755 $(LIB) $(wildcard $(CUDA_LIB)) $(INST)/lib/
+	@install -m 644 $(BUILD)/kelvin_cdef.lua $(INST)/lib/
+	@cp -R lua configs experiments docs $(INST)/share/kelvin/
+	@rm -f $(INST)/share/kelvin/lua/host.c
+	@echo "installed kelvin in $(INST)"
+
+# Relocatable: LuaJIT inside the program, the libraries it needs beside libkelvin.so (found by $$ORIGIN), busted's Lua files and
+# the specs.  Runs on x86-64 with glibc 2.36 or later and nothing installed: `bin/kelvin`, `bin/kelvin-test`.
+DIST ?= dist/kelvin
+BUSTED_MODULES := busted busted.lua lfs.lua cliargs cliargs.lua luassert pl say term system dkjson.lua mediator.lua argparse.lua
+LUA_SHARE ?= /usr/share/lua/5.1
+LUA_LIB   ?= /usr/lib/x86_64-linux-gnu/lua/5.1
+.PHONY: dist
+dist: all ctests
+	@rm -rf $(DIST)
+	@$(MAKE) --no-print-directory install PREFIX= DESTDIR=$(abspath $(DIST)) > /dev/null
+	@$(CC) $(CSTD) $(WARN) $(CFLAGS) $(LUAJIT_CFLAGS) lua/host.c -Wl,-Bstatic -lluajit-5.1 -Wl,-Bdynamic -lm -ldl -rdynamic -o $(DIST)/bin/kelvin
+	@$(CC) $(CFLAGS) -shared -o $(DIST)/lib/libkelvin.so $(OBJ) $(LIBS) -Wl,-z,defs,-z,now,-rpath,'$$ORIGIN'
+	@for so in $$(ldd $(DIST)/lib/libkelvin.so | awk '/=> \// { print $$3 }' | grep -vE '/(libc|libm|libdl|libpthread|librt|ld-linux[^/]*)\.so'); do cp -L $$so $(DIST)/lib/; done
+	@mkdir -p $(DIST)/share/kelvin/busted $(DIST)/libexec && cp -R tests .busted $(DIST)/share/kelvin/
+	@for m in $(BUSTED_MODULES); do [ ! -e $(LUA_SHARE)/$$m ] || cp -RL $(LUA_SHARE)/$$m $(DIST)/share/kelvin/busted/; done
+	@for m in term system lfs.so; do [ ! -e $(LUA_LIB)/$$m ] || cp -RL $(LUA_LIB)/$$m $(DIST)/share/kelvin/busted/; done
+	@for t in $(CTESTS); do cp $$t $(DIST)/libexec/; done
+	@install -m 755 tests/kelvin-test.sh $(DIST)/bin/kelvin-test
+	@du -sh $(DIST) | awk '{ print "dist: " $$2 ", " $$1 }'
 
 .PHONY: clean
 clean:
