@@ -31,11 +31,12 @@ LIBS    = $(PKG_LIBS) -lm -lpthread -ldl
 CORE    := $(sort $(wildcard core/*.c core/codecs/*.c))
 OBJ     := $(CORE:%.c=$(BUILD)/%.o)
 LIB     := $(BUILD)/libkelvin.so
+HOST    := $(BUILD)/bin/kelvin
 CTESTS  := $(patsubst tests/c/%.c,$(BUILD)/tests/%,$(sort $(wildcard tests/c/test_*.c)))
 
 .DEFAULT_GOAL := all
 .PHONY: all
-all: $(LIB) cuda
+all: $(LIB) $(HOST) cuda
 
 # ---- the boundary: the marked region of kelvin.h, as text for LuaJIT and as a hash for both sides
 $(BUILD)/kelvin_cdef.txt: core/kelvin.h
@@ -54,6 +55,14 @@ $(BUILD)/%.o: %.c $(BUILD)/kelvin_abi.h
 $(LIB): $(OBJ) $(BUILD)/kelvin_cdef.lua
 	@echo "  link $@"
 	@$(CC) $(CFLAGS) -shared -o $@ $(OBJ) $(LIBS) -Wl,-z,defs,-z,now
+
+# ---- the program: LuaJIT and lua/kv_main.lua.  LUAJIT_LIBS='-Wl,-Bstatic -lluajit-5.1 -Wl,-Bdynamic' puts LuaJIT inside.
+LUAJIT_CFLAGS ?= $(shell pkg-config --cflags luajit 2>/dev/null)
+LUAJIT_LIBS   ?= $(shell pkg-config --libs luajit 2>/dev/null)
+$(HOST): lua/host.c
+	@mkdir -p $(@D)
+	@echo "  cc $<"
+	@$(CC) $(CSTD) $(WARN) $(CFLAGS) $(LUAJIT_CFLAGS) -MMD -MP -MF $@.d $< $(LUAJIT_LIBS) -lm -ldl -rdynamic -o $@
 
 # ---- C tests see the internals: they link the objects.  Each prints lines and exits non-zero on failure.
 .PHONY: ctests
@@ -148,8 +157,22 @@ dist: all ctests
 	@install -m 755 tests/kelvin-test.sh $(DIST)/bin/kelvin-test
 	@du -sh $(DIST) | awk '{ print "dist: " $$2 ", " $$1 }'
 
+# ---- specs under the project's own LuaJIT (.busted); the last line is `N passed, N failed, N skipped`.
+BUSTED  ?= busted
+SPECS   ?= tests
+.PHONY: specs
+specs: $(LIB) $(HOST)
+	@FLAVOUR=$(FLAVOUR) $(BUSTED) $(SPECS)
+
+# The C tests first: their failure is the whole run's, and busted's closing line comes last.
+.PHONY: test
+test: all ctests
+	@fail=0; for t in $(CTESTS); do echo "  $$t"; $$t > $$t.log 2>&1 || { fail=1; tail -20 $$t.log; echo "FAILED: $$t"; }; done; \
+	 sh tests/lint.sh || fail=1; \
+	 FLAVOUR=$(FLAVOUR) $(BUSTED) $(SPECS) || fail=1; exit $$fail
+
 .PHONY: clean
 clean:
 	rm -rf build
 
--include $(OBJ:.o=.d) $(CTESTS:%=%.d)
+-include $(HOST).d $(OBJ:.o=.d) $(CTESTS:%=%.d)

@@ -57,7 +57,7 @@ function M.near(name, candidates)
   for _, c in ipairs(candidates) do
     local d = distance(name, c)
     if c:find(name, 1, true) == 1 then d = math.min(d, 1) end
-    if d <= math.max(2, #name / 3) then scored[#scored + 1] = { d, c } end
+    if d <= math.max(1, math.floor(#name / 3)) and d < #name then scored[#scored + 1] = { d, c } end
   end
   table.sort(scored, function(a, b) if a[1] ~= b[1] then return a[1] < b[1] end return a[2] < b[2] end)
   local out = {}

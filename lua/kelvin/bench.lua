@@ -1,0 +1,205 @@
+--- kelvin.bench: speed, always beside what the machine can do: bytes over measured bandwidth, flops over measured sgemm.
+--
+-- Repeats of all candidates are interleaved, so that a slow moment of a shared machine hits everyone; medians are shown.
+
+local K = require "kelvin.ffi"
+local C, ffi = K.C, K.ffi
+local check = require "kelvin.check"
+local lib = require "kelvin.lib"
+local log = require "kelvin.log"
+local doc = require("kelvin.help").doc
+
+local M = {}
+
+--- median(list): and the inter-quartile range.
+function M.median(list)
+  local s = {}
+  for i, x in ipairs(list) do s[i] = x end
+  table.sort(s)
+  local function q(p)
+    local at = p * (#s - 1) + 1
+    local i = math.floor(at)
+    return i < #s and s[i] + (at - i) * (s[i + 1] - s[i]) or s[i]
+  end
+  return q(.5), q(.75) - q(.25)
+end
+
+--- read_bandwidth(threads): GB/s of a plain read; memcpy_bandwidth counts bytes read and written.
+function M.read_bandwidth(threads)
+  local x = ffi.new "double[1]"
+  check(C.kv_bench_read(256, threads, x))
+  return x[0]
+end
+function M.memcpy_bandwidth(threads)
+  local x = ffi.new "double[1]"
+  check(C.kv_bench_memcpy(256, threads, x))
+  return x[0]
+end
+
+doc("kv.bench", [[
+  kv.bench.decode{ model =, arms = { "f16", "turboquant-4" }, depths = { 0, 4096 }, repeats = 5, tokens = 16 } -> rows
+  kv.bench.codecs{ names =, dim = 64 } -> rows;  kv.bench.eval{ model = } -> row
+  What `kelvin bench` prints.  decode: tokens/s at a depth, bytes of the cache, floor_us (weights and cache once over the
+  measured read bandwidth) and share (floor / time).  codecs: GB/s of f32 source per thread for encode, decode, dot and
+  accumulate, and memcpy's.  eval: tokens/s and the share of the measured f32 sgemm rate.]])
+function M.decode(o)
+  local model = type(o.model) == "string" and require("kelvin.model").open(o.model) or o.model
+  local policies = require "kelvin.policy"
+  local depths, n = o.depths or { 0, 4096 }, o.tokens or 16
+  local deepest = math.max(unpack(depths))
+  local filler = {}
+  for i = 1, deepest + 2 * n do filler[i] = math.floor(lib.random(7, 0, i) * (model.n_vocab - 10)) + 5 end
+  local read = M.read_bandwidth(lib.threads())
+  local rows, candidates = {}, {}
+  for _, depth in ipairs(depths) do
+    for _, arm in ipairs(o.arms or { "f16", "q8_0", "turboquant-4" }) do
+      log.progress(0, ("filling %s to %d"):format(arm, depth))
+      local plan = policies.resolve(policies.of(arm), model)
+      local s = model:session { plan = plan, max_tokens = depth + 2 * n + 1 }
+      if depth > 0 then s:feed({ unpack(filler, 1, depth) }, { logits = "none" }) end
+      candidates[#candidates + 1] = { arm = arm, depth = depth, s = s, times = {} }
+    end
+  end
+  local one = ffi.new "int32_t[1]"
+  for r = 0, o.repeats or 5 do                          -- the first round warms up and is not counted
+    for i, c in ipairs(candidates) do
+      log.progress(r / (o.repeats or 5), ("repeat %d: %s at %d"):format(r, c.arm, c.depth))
+      local t0 = C.kv_now()
+      for t = 1, n do
+        one[0] = filler[deepest + t]
+        check(C.kv_session_feed(c.s._s, one, 1, 1))
+      end
+      local dt = (C.kv_now() - t0) / n
+      if r > 0 then c.times[#c.times + 1] = dt end
+      if i == 1 then c.first = dt end
+      check(C.kv_session_truncate(c.s._s, c.depth))
+      if C.kv_interrupted() == 1 then check.fail("interrupted") end
+    end
+  end
+  for _, c in ipairs(candidates) do
+    local t, iqr = M.median(c.times)
+    for i = 1, c.depth + n do c.s.ids[i] = 0 end
+    check(C.kv_session_feed(c.s._s, one, 1, 0))
+    local b = ffi.new "kv_bytes[1]"
+    check(C.kv_session_bytes(c.s._s, b))
+    local floor = (model.weight_bytes + (c.depth > 0 and b[0].codes + b[0].scales + b[0].exact or 0)) / (read * 1e9)
+    rows[#rows + 1] = { arm = c.arm, depth = c.depth, tokens_per_s = 1 / t, us = 1e6 * t, iqr_us = 1e6 * iqr, cache_bytes = b[0].total,
+      floor_us = 1e6 * floor, share = floor / t, threads = lib.threads(), read_gb_s = read, path = c.s:paths(), repeats = #c.times }
+  end
+  log.clear()
+  return setmetatable(rows, { __tostring = function(t)
+    local lines = { { "arm", "depth", "tokens/s", "us/token", "IQR", "cache MB", "floor us", "of floor", "path" } }
+    for _, r in ipairs(t) do
+      lines[#lines + 1] = { r.arm, tostring(r.depth), ("%.1f"):format(r.tokens_per_s), ("%.0f"):format(r.us), ("%.0f"):format(r.iqr_us), ("%.2f"):format(r.cache_bytes / 1e6),
+        ("%.0f"):format(r.floor_us), ("%.0f %%"):format(100 * r.share), r.path }
+    end
+    return ("%s, %d threads, read %.1f GB/s; floor: weights and cache read once\n"):format(model.name, lib.threads(), read) .. require("kelvin.evaltext").aligned(lines)
+  end })
+end
+
+--- Seconds of one call, median over repeats that fill about `budget` seconds.
+local function time(f, budget)
+  f()
+  local times, t0 = {}, C.kv_now()
+  repeat
+    local t = C.kv_now()
+    f()
+    times[#times + 1] = C.kv_now() - t
+  until C.kv_now() - t0 > budget or #times >= 200
+  return (M.median(times))
+end
+
+function M.codecs(o)
+  local codec, tensor = require "kelvin.codec", require "kelvin.tensor"
+  local dim, tokens, heads, queries = o.dim or 64, 4096, 4, 4
+  local names = o.names or { "f16", "q8_0", "q4_0", "kivi-4", "kivi-2", "turboquant-2", "turboquant-3", "turboquant-4" }
+  local threads = lib.threads()
+  lib.threads(1)
+  local x = tensor.randn { heads, tokens, dim, seed = 3 }
+  local q, p = tensor.randn { heads, queries, dim, seed = 4 }, tensor.uniform { heads, queries, tokens, seed = 5 }
+  local source = 4 * heads * tokens * dim
+  local memcpy = M.memcpy_bandwidth(1)
+  local rows = {}
+  local ok, err = pcall(function()
+    for _, name in ipairs(names) do
+      log.progress(#rows / #names, name)
+      local c = codec.new(name)
+      local fused = c:info_for(dim).fused
+      local k, v = c:encode(x, { side = "k" }), c:encode(x, { side = "v" })
+      local codes = k:bytes().total
+      local out = tensor.zeros { heads, tokens, dim }
+      local scores, acc = tensor.zeros { heads, queries, tokens }, tensor.zeros { heads, queries, dim }
+      local flag = fused and 1 or 0
+      local t = {
+        encode = time(function() c:encode(x, { side = "k" }) end, .15),
+        decode = time(function() check(C.kv_block_decode(k._b, 0, tokens, out:_view())) end, .1),
+        dot = time(function() check(C.kv_block_dot(k._b, q:_view(), flag, scores:_view())) end, .1),
+        accumulate = time(function() check(C.kv_block_accumulate(v._b, p:_view(), flag, acc:_view())) end, .1),
+      }
+      local row = { codec = name, dim = dim, fused = fused, threads = 1, queries = queries, memcpy_gb_s = memcpy, bits = k:bytes().bits }
+      for what, s in pairs(t) do
+        row[what .. "_gb_s"] = source / s / 1e9            -- f32 source read (encode) or stood for
+        row[what .. "_codes_gb_s"] = codes / s / 1e9       -- stored bytes
+      end
+      rows[#rows + 1] = row
+      if C.kv_interrupted() == 1 then check.fail("interrupted") end
+    end
+  end)
+  lib.threads(threads)
+  log.clear()
+  if not ok then error(err, 0) end
+  return setmetatable(rows, { __tostring = function(t)
+    local lines = { { "codec", "bits", "encode", "decode", "dot", "accumulate", "dot codes", "acc codes", "path" } }
+    local function f(v) return ("%.2f"):format(v) end
+    for _, r in ipairs(t) do
+      lines[#lines + 1] = { r.codec, f(r.bits), f(r.encode_gb_s), f(r.decode_gb_s), f(r.dot_gb_s), f(r.accumulate_gb_s), f(r.dot_codes_gb_s), f(r.accumulate_codes_gb_s), r.fused and "fused" or "tiles" }
+    end
+    return ("GB/s of one thread, d=%d, %d queries a head: f32 source that the codes stand for; 'codes' is stored bytes; memcpy %.1f GB/s (read + written)\n"):format(dim, queries, memcpy)
+      .. require("kelvin.evaltext").aligned(lines)
+  end })
+end
+
+function M.eval(o)
+  local model = type(o.model) == "string" and require("kelvin.model").open(o.model) or o.model
+  local context, chunks = o.context or 512, o.chunks or 2
+  local ids = {}
+  for i = 1, context * chunks do ids[i] = math.floor(lib.random(11, 0, i) * (model.n_vocab - 10)) + 5 end
+  local g = ffi.new "double[1]"
+  check(C.kv_bench_sgemm(context, model.n_ff, model.n_embd, g))
+  local arms = o.arms or { "q4_0", "turboquant-4" }
+  local rows = require("kelvin.eval").run { model = model, tokens = ids, arms = arms, context = context, chunks = chunks, controls = false, on_progress = log.progress }
+  log.clear()
+  -- Two operations a weight and token; the output layer only where positions are scored.
+  local head = model.n_vocab * model.n_embd
+  local flop = 2 * ((model.n_params - head) + head * 0.5)
+  local rate = rows.tokens / rows.seconds
+  local row = { model = model.name, context = context, chunks = chunks, arms = #arms, tokens_per_s = rate, gflop_per_s = rate * flop / 1e9, sgemm_gflop_per_s = g[0],
+    share = rate * flop / 1e9 / g[0], threads = lib.threads() }
+  return setmetatable(row, { __tostring = function(r)
+    return ("%s: %.0f tokens/s through the model (%d arms and the reference, context %d), %.1f GFLOP/s of weights, %.0f %% of sgemm's %.1f GFLOP/s, %d threads"):format(r.model, r.tokens_per_s,
+      r.arms, r.context, r.gflop_per_s, 100 * r.share, r.sgemm_gflop_per_s, r.threads)
+  end })
+end
+
+--- main(options): `kelvin bench`.
+function M.main(a)
+  local arms = a.arm and #a.arm > 0 and a.arm or nil
+  local result
+  if a.what == "decode" then
+    local depths = {}
+    for d in a.depth:gmatch "[^,]+" do
+      local n = tonumber(d)
+      check.that(n and n >= 0 and n % 1 == 0, "bench: depth '%s' is not a whole number from 0", d)
+      depths[#depths + 1] = n
+    end
+    result = M.decode { model = a.model, arms = arms, depths = depths, repeats = a.repeats, tokens = a.tokens }
+  elseif a.what == "codecs" then result = M.codecs { names = arms, dim = a.dim }
+  else result = M.eval { model = a.model, arms = arms } end
+  if a.format == "json" then
+    local json = require "kelvin.json"
+    if result[1] then for _, r in ipairs(result) do print(json.encode(r)) end else print(json.encode(setmetatable(result, nil))) end
+  else print(tostring(result)) end
+  return 0
+end
+
+return M

@@ -1,0 +1,284 @@
+--- kelvin.cli: the program's commands.  A wrong command or option is one line and exit status 2; anything else that goes
+-- wrong is one line and 1, with a traceback only under --log debug.
+
+local log = require "kelvin.log"
+
+local M = {}
+
+local DEFAULT_MODEL = "smollm2-135m"
+
+-- ---- the options --------------------------------------------------------------------------------------------------------
+
+local function positive(name)
+  return function(text)
+    local n = tonumber(text)
+    if not n or n % 1 ~= 0 or n < 1 then return nil, ("%s=%s is not a whole number from 1"):format(name, text) end
+    return n
+  end
+end
+
+local function from_zero(name)
+  return function(text)
+    local n = tonumber(text)
+    if not n or n % 1 ~= 0 or n < 0 then return nil, ("%s=%s is not a whole number from 0"):format(name, text) end
+    return n
+  end
+end
+
+local function real(name)
+  return function(text)
+    local n = tonumber(text)
+    if not n or n < 0 then return nil, ("%s=%s is not a number from 0"):format(name, text) end
+    return n
+  end
+end
+
+local function parser()
+  local argparse = require "argparse"
+  local p = argparse("kelvin", "An absolute scale for KV-cache compression.", "Without a command: the REPL.  `kelvin COMMAND --help` shows a command's options and an example.")
+  p:require_command(false):command_target "command":help_max_width(110)
+  p:option("--threads", "Threads for the core (default: all that this process may use)."):convert(positive "--threads"):argname "N"
+  p:option("--log", "error, warn, info or debug (KV_LOG sets the default)."):choices { "error", "warn", "info", "debug" }:argname "LEVEL"
+  p:flag("--version", "Print version, compiler and declarations' hash."):target "version"
+
+  local run = p:command("run", "Run an experiment script; tables and plots go to results/.", "Example: kelvin run experiments/01_pareto.lua --smoke")
+  run:argument("file", "A Lua file that returns kv.experiment{...}."):argname "FILE"
+  run:flag("--smoke", "The small version: seconds, to see that it works.")
+  run:flag("--resume", "Skip points whose rows are there already.")
+  run:flag("--list", "Print the points and stop.")
+  run:option("--set", "Override a field of the experiment: --set seed=2."):argname "KEY=VALUE":count "*"
+  run:option("--out", "Folder for the results."):argname "DIR"
+  run:option("--model", "Model instead of the experiment's."):argname "MODEL"
+  run:option("--text", "Text file instead of the experiment's data."):argname "FILE"
+  run:option("--device", "cpu or cuda."):argname "NAME"
+
+  p:command("repl", "The interactive session (also plain `kelvin`).", "Example: echo 'kv.codec \"q4_0\"' | kelvin repl")
+
+  local codecs = p:command("codecs", "List codec families and presets, or describe one.", "Example: kelvin codecs turboquant-4")
+  codecs:argument("name", "A family or preset."):args "?":argname "NAME"
+
+  local models = p:command("models", "List models, describe one, or fetch one.", "Examples: kelvin models; kelvin models smollm2-135m; kelvin models get smollm2-135m")
+  models:argument("what", "A model to describe; or `get` and its name."):args "?":argname "NAME | get"
+  models:argument("name", "The model to get."):args "?":argname "NAME"
+  models:flag("--tensors", "List the file's tensors too.")
+  models:flag("--meta", "List the file's metadata too.")
+
+  p:command("doctor", "What is here, what is missing, and how to get it.", "Example: kelvin doctor")
+
+  local report = p:command("report", "Make a run's tables, plots and report again from its rows.", "Example: kelvin report results/scratch/01_pareto/latest")
+  report:argument("dir", "A run's folder, with rows.jsonl."):argname "DIR"
+
+  local chat = p:command("chat", "Generate text over a cache of your choice, with speed and bytes per token.",
+    "Example: kelvin chat --arm k=turboquant-4,v=turboquant-3 --prompt 'Why is the sky blue?'")
+  chat:argument("model", "A model's name or a .gguf file."):args "?":default(DEFAULT_MODEL):argname "MODEL"
+  chat:option("--arm", "Cache setting, such as q8_0 or k=turboquant-4,v=turboquant-3,sink=4 (default: exact f16)."):argname "ARM"
+  chat:option("--policy", "A Lua file that returns kv.policy{...}."):argname "FILE"
+  chat:option("--prompt", "One prompt; without it, lines of the terminal or all of piped stdin."):argname "TEXT"
+  chat:option("--system", "System message."):argname "TEXT"
+  chat:flag("--raw", "No chat template: continue the text.")
+  chat:option("--max-tokens", "Tokens to generate at most."):convert(positive "--max-tokens"):default "256":argname "N"
+  chat:option("--context", "Tokens the cache can hold."):convert(positive "--context"):default "4096":argname "N"
+  chat:option("--temperature", "0 is greedy."):convert(real "--temperature"):default "0":argname "T"
+  chat:option("--top-k", "Sample among the k likeliest (0: all)."):convert(from_zero "--top-k"):default "0":argname "K"
+  chat:option("--top-p", "Sample among the likeliest that make up this share."):convert(real "--top-p"):default "1":argname "P"
+  chat:option("--seed", "Of the sampler, and of rotations."):convert(from_zero "--seed"):default "1":argname "N"
+  chat:option("--calib", "Text for calibrated means."):argname "FILE"
+
+  local bench = p:command("bench", "Measure speed: decode, codecs or eval.", "Example: kelvin bench decode --depth 0,4096 --arm f16 --arm turboquant-4")
+  bench:argument("what", "decode, codecs or eval."):choices { "decode", "codecs", "eval" }
+  bench:argument("model", "A model's name or a .gguf file."):args "?":default(DEFAULT_MODEL):argname "MODEL"
+  bench:option("--depth", "Depths of the cache, for decode."):default "0,4096":argname "N,N"
+  bench:option("--arm", "Cache setting; again for more (decode: f16, q8_0, turboquant-4)."):count "*":argname "ARM"
+  bench:option("--repeats", "Interleaved repeats; medians are shown."):convert(positive "--repeats"):default "5":argname "N"
+  bench:option("--tokens", "Tokens a repeat."):convert(positive "--tokens"):default "16":argname "N"
+  bench:option("--dim", "head_dim, for codecs."):convert(positive "--dim"):default "64":argname "N"
+  bench:option("--format", "table or json."):choices { "table", "json" }:default "table"
+
+  local eval = p:command("eval", "Measure arms against an exact cache: KL divergence, perplexity, bits.",
+    "Example: kelvin eval smollm2-135m --text book.txt --context 512 --chunks 30 --arm q4_0 --arm k=turboquant-4,v=turboquant-3,mean=both --calib other.txt")
+  eval:argument("model", "A model's name or a .gguf file."):argname "MODEL"
+  eval:option("--text", "Text file to score."):argname "FILE":count "1"
+  eval:option("--arm", "Cache setting; again for more."):argname "ARM":count "+"
+  eval:option("--context", "Tokens of a chunk."):convert(positive "--context"):default "512":argname "N"
+  eval:option("--chunks", "Chunks at most."):convert(positive "--chunks"):default "30":argname "N"
+  eval:option("--score", "second-half or all."):choices { "second-half", "all" }:default "second-half"
+  eval:option("--sink", "Exact tokens at the start, for arms that do not say."):convert(from_zero "--sink"):default "0":argname "N"
+  eval:option("--recent", "Exact tokens at the end, for arms that do not say."):convert(from_zero "--recent"):default "0":argname "N"
+  eval:option("--page-tokens", "Tokens of a page, for arms that do not say."):convert(positive "--page-tokens"):argname "N"
+  eval:option("--mode", "visibility (one pass) or stream (token by token)."):choices { "visibility", "stream" }:default "visibility"
+  eval:option("--calib", "Another text, for mean=both and policies that read stats."):argname "FILE"
+  eval:option("--calib-chunks", "Chunks of it."):convert(positive "--calib-chunks"):default "8":argname "N"
+  eval:option("--seed", "Of every codec that has one."):convert(from_zero "--seed"):argname "N"
+  eval:option("--rows", "Write rows as JSON lines."):argname "FILE"
+  eval:option("--format", "table, json or llama."):choices { "table", "json", "llama" }:default "table"
+  eval:flag("--no-controls", "Leave out identity, canary and mutation.")
+  return p
+end
+
+-- ---- commands -------------------------------------------------------------------------------------------------------------
+
+local check
+
+--- The whole of a file; an error that names it otherwise.
+local function read_file(path, what)
+  local f, err = io.open(path, "rb")
+  if not f then check.fail("%s: %s", what, err) end
+  local text = f:read "*a"
+  f:close()
+  if not text then check.fail("%s: '%s' cannot be read", what, path) end
+  return text
+end
+
+--- A policy from a Lua file.
+local function policy_file(path)
+  local f, err = loadfile(path)
+  if not f then check.fail("--policy: %s", err) end
+  local p = f()
+  if not require("kelvin.policy").is(p) then check.fail("--policy: '%s' returns a %s, kv.policy{...} is needed", path, type(p)) end
+  return p
+end
+
+local function calibration(model, path, chunks)
+  if not path then return nil end
+  local text = read_file(path, "--calib")
+  return model:calibrate { text = text, chunks = chunks or 8, source = path:match "[^/]+$", on_progress = function(i, n) log.progress(i / n, "calibrating") end }
+end
+
+local commands = {}
+
+function commands.eval(a)
+  local json = require "kelvin.json"
+  local model = require("kelvin.model").open(a.model)
+  local text = read_file(a.text, "--text")
+  local out
+  if a.rows then
+    local err
+    out, err = io.open(a.rows, "ab")
+    if not out then check.fail("--rows: %s", err) end
+  end
+  -- The manifest names the model file by content: two seconds for what makes a row replayable.
+  local sha = out and require("kelvin.lib").sha256_file(model.path) or nil
+  local failed = false
+  local rows = require("kelvin.eval").run { model = model, text = text, data_name = a.text:match "[^/]+$", arms = a.arm, context = a.context, chunks = a.chunks, score = a.score,
+    sink = a.sink, recent = a.recent, page_tokens = a.page_tokens, mode = a.mode, calib = calibration(model, a.calib, a.calib_chunks), seed = a.seed,
+    controls = not a.no_controls, model_sha256 = sha, on_progress = log.progress,
+    on_row = function(row)
+      log.clear()
+      log.info("%s", ("%-40s bits %.3f  KLD %.6f ± %.6f  %s"):format(row.arm, row.bits_allin, row.kld.mean, row.kld.se, row.status))
+      failed = failed or row.status == "error"
+      if out then
+        out:write(json.encode(row), "\n")
+        out:flush()
+      end
+    end }
+  log.clear()
+  if out then out:close() end
+  if a.format == "json" then
+    for _, row in ipairs(rows) do print(json.encode(row)) end
+  elseif a.format == "llama" then
+    for _, row in ipairs(rows) do print(("arm: %s\n%s\n"):format(row.arm, require("kelvin.evaltext").llama(row))) end
+  else print(tostring(rows)) end
+  if rows.interrupted then log.warn("interrupted: %d of %d arms are complete", #rows, #a.arm) end
+  return (failed or rows.interrupted) and 1 or 0
+end
+
+function commands.run(a)
+  return require("kelvin.experiment").run_file(a.file, { smoke = a.smoke, resume = a.resume, list = a.list, set = a.set, out = a.out, model = a.model, text = a.text, device = a.device })
+end
+
+function commands.report(a) return require("kelvin.report").remake(a.dir) end
+function commands.repl() return require("kelvin.repl").run() end
+function commands.doctor() return require("kelvin.doctor").main() end
+function commands.chat(a)
+  a.policy = a.policy and policy_file(a.policy)
+  return require("kelvin.chat").main(a, calibration)
+end
+function commands.bench(a) return require("kelvin.bench").main(a) end
+
+function commands.codecs(a)
+  local codec = require "kelvin.codec"
+  print(tostring(a.name and codec.describe(a.name) or codec.list()))
+  return 0
+end
+
+function commands.models(a)
+  local models = require "kelvin.model"
+  if not a.what then
+    print(tostring(models.list()))
+    return 0
+  end
+  if a.what == "get" then
+    if not a.name then check.fail("models get: a name is needed; known: %s", table.concat(require("kelvin.config").list "models", ", ")) end
+    return require("kelvin.fetch").get(a.name)
+  end
+  local m = models.open(a.what)
+  print(tostring(m))
+  local function line(key, value) print(("  %-14s %s"):format(key, tostring(value))) end
+  line("path", m.path)
+  line("tokenizer", m.tokenizer)
+  line("chat template", m.chat_template)
+  line("trained for", m.n_ctx_train .. " tokens")
+  line("cache", ("%d bytes a token in f16"):format(m.n_layers * m.n_kv_heads * m.head_dim * 4))
+  line("key bias", m.has_kv_bias and "yes" or "no")
+  local windows, n = {}, 0
+  for l = 1, m.n_layers do
+    local w = m:layer(l).sliding_window
+    if w > 0 then windows[w], n = true, n + 1 end
+  end
+  if n > 0 then line("sliding", ("%d of %d layers, window %d"):format(n, m.n_layers, (next(windows)))) end
+  if m.config then line("about", m.config.about) line("license", m.config.license or "see the file") end
+  if a.meta then for _, kv in ipairs(m:meta()) do line(kv[1], kv[2]:sub(1, 100)) end end
+  if a.tensors then
+    for _, t in ipairs(m:tensors()) do
+      print(("  %-34s %-6s [%s]  %d bytes"):format(t.name, t.type, table.concat(t.shape, ", "), t.bytes))
+    end
+  end
+  return 0
+end
+
+local function version()
+  local b = require("kelvin.lib").build()
+  print(("kelvin %s  %s  declarations %s"):format(b.version, b.flags, b.abi_hash:sub(1, 12)))
+  return 0
+end
+
+--- main(arg): runs a command line and returns the exit status.
+function M.main(arg)
+  local ok_parser, p = pcall(parser)
+  if not ok_parser then
+    io.stderr:write("kelvin: lua module 'argparse' is not here: apt-get install lua-argparse\n")
+    return 1
+  end
+  local ok, a = p:pparse(arg)
+  if not ok then
+    io.stderr:write("kelvin: ", (tostring(a):gsub("\n.*", "")), "\n")
+    return 2
+  end
+  local level = log.level
+  local trace
+  ok, a.status = xpcall(function()
+    if a.log then log.set(a.log) end
+    level = log.level
+    check = require "kelvin.check"
+    local K = require "kelvin.ffi"
+    if a.threads then require("kelvin.lib").threads(a.threads) end
+    if a.version then return version() end
+    local name = a.command or "repl"
+    if name ~= "repl" then K.C.kv_interrupt_enable() end
+    local status = commands[name](a)
+    if type(status) == "boolean" then status = status and 0 or 1 end
+    return status or 0
+  end, function(e)
+    trace = debug.traceback("", 2)
+    return type(e) == "table" and (e.message or (e.interrupted and "interrupted")) or e
+  end)
+  pcall(log.clear)
+  if ok then return type(a.status) == "number" and a.status or 0 end
+  io.stdout:flush()
+  io.stderr:write("kelvin: ", tostring(a.status), level == "debug" and trace or "", "\n")
+  return 1
+end
+
+--- The parser, for tests and docs.
+M.parser = parser
+return M

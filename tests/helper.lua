@@ -1,0 +1,83 @@
+-- What specs share: the module, a comparator that says where, models if they are here, temporary files.
+local M = {}
+
+M.kv = require "kelvin"
+local root = require("kelvin.ffi").root
+M.root = root
+
+--- close(a, b, tol): numbers, or nested tables of them, within tol (absolute, or relative where values pass 1).
+-- NaN must meet NaN.  On failure names the worst place and both values.
+function M.close(a, b, tol, where)
+  where = where or "value"
+  if type(a) == "table" then
+    assert(type(b) == "table" and #a == #b, ("%s: %d entries against %s"):format(where, #a, type(b) == "table" and #b or type(b)))
+    for i = 1, #a do M.close(a[i], b[i], tol, ("%s[%d]"):format(where, i)) end
+    return
+  end
+  if a ~= a or b ~= b then
+    assert(a ~= a and b ~= b, ("%s: %s against %s"):format(where, a, b))
+    return
+  end
+  local d = math.abs(a - b)
+  assert(d <= tol * math.max(1, math.abs(b)), ("%s: %.9g against %.9g, off by %.3g, allowed %.3g"):format(where, a, b, d, tol))
+end
+
+--- fails(fn, ...): calls fn, which must raise; returns the message without its position.
+function M.fails(fn, ...)
+  local ok, err = pcall(fn, ...)
+  assert(not ok, "no error was raised")
+  err = type(err) == "table" and err.message or err
+  return (tostring(err):gsub("^[^%s]+:%d+: ", ""))
+end
+
+--- model(name): the opened model, or pending() with the reason when its file is not here.
+local models = {}
+function M.model(name)
+  if models[name] then return models[name] end
+  local path, present = require("kelvin.model").find(name)
+  if not present then
+    local folder = require("kelvin.model").folder()
+    local file = folder .. "/" .. name .. ".gguf"
+    local f = io.open(file, "rb")
+    if not f then
+      pending(("model '%s' is not in %s: kelvin models get %s"):format(name, folder, name))
+      return nil
+    end
+    f:close()
+    path = file
+  end
+  models[name] = M.kv.model(path)
+  return models[name]
+end
+
+--- temporary([suffix]): the name of a file that is gone after the tests.
+local temporary = {}
+function M.temporary(suffix)
+  local name = os.tmpname()
+  temporary[#temporary + 1] = name
+  if suffix then
+    name = name .. suffix
+    temporary[#temporary + 1] = name
+  end
+  return name
+end
+function M.cleanup()
+  for _, name in ipairs(temporary) do os.remove(name) end
+  temporary = {}
+end
+
+--- run(args [, stdin]): the built program's output (stdout and stderr together) and exit status.
+function M.run(args, stdin)
+  local exe = ("%s/bin/kelvin"):format(require("kelvin.ffi").folder)
+  local input = M.temporary()
+  local f = assert(io.open(input, "wb"))
+  f:write(stdin or "")
+  f:close()
+  local p = io.popen(("'%s' %s < '%s' 2>&1; echo \"rc=$?\""):format(exe, args, input))
+  local out = p:read "*a"
+  p:close()
+  local text, rc = out:match "^(.*)rc=(%d+)\n$"
+  return text, tonumber(rc)
+end
+
+return M
