@@ -57,7 +57,8 @@ const scalar_field scalar_fields[4][8][2] = {
 
 static const scalar_level *level(void)
 {
-    return &scalar_c;
+    static const scalar_level *const by_simd[] = { &scalar_c, &scalar_avx2, &scalar_avx512 };
+    return by_simd[kv_cpu_simd()];
 }
 
 /* ---- setting up ---------------------------------------------------------------------------------------------------- */
@@ -153,7 +154,9 @@ static int scalar_init(kv_codec *c)
     s->levels = 1 << s->bits;
     s->rotation = (int)c->value[P_ROTATION];
     s->norm = (int)c->value[P_NORM];
-    const int lanes = c->side == KV_SIDE_K ? c->page_tokens : d, inner = c->side == KV_SIDE_K ? d : c->page_tokens;
+    const int lanes = c->side == KV_SIDE_K ? c->page_tokens : d;
+    int inner = c->side == KV_SIDE_K ? d : c->page_tokens;
+    if (s->bits > 4) inner = (int)kv_round_up((size_t)inner, s->bits % 2 ? 32 : 16);    /* whole chunks of both planes */
     s->n_tiles = (lanes + SCALAR_LANES - 1) / SCALAR_LANES;
     s->n_planes = s->bits > 4 ? 2 : 1;
     s->scales = lay_out(&s->plane[0], kv_min(s->bits, 4), inner, s->n_tiles, 0);

@@ -54,4 +54,5 @@ typedef struct scalar_level {
     void (*accumulate)(const kv_codec *c, const uint8_t *page, int n_tokens, const float *p, int64_t ld, int n_q, float *acc);
 } scalar_level;
 extern const scalar_level scalar_c, scalar_avx2, scalar_avx512;
+void scalar_prepare_avx2(void *q, int padded);           /* AVX-512 has nothing to add to it */
 #endif

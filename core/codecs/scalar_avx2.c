@@ -1,0 +1,310 @@
+/* scalar_avx2.c -- the `scalar` codec with AVX2.
+ *
+ * A slot's 32 codes (8 lanes, 4 bytes each) are byte-shuffle indices: two shuffles look up the low and high bytes of 16-bit
+ * centroids, two unpacks join them.  The first unpack then holds lanes 0-1 of each 128-bit half with all 4 elements, the second
+ * lanes 2-3: 64-bit broadcasts of 4 weights, vpmaddwd, and one horizontal add at the very end put 8 lanes in order. */
+#include <immintrin.h>
+#include <math.h>
+#include "scalar.h"
+
+#define INLINE KV_AVX2 static inline __attribute__((always_inline))
+
+/* ---- the kernel */
+
+INLINE __m256i load(const uint8_t *at) { return _mm256_loadu_si256((const __m256i *)at); }
+
+/* Codes of a slot, one a byte; bits of the low nibble above a code are junk, the high nibble is 0. */
+INLINE __m256i slot_of_plane(const int bits, const uint8_t *at, const int slot)
+{
+    const __m256i nibble = _mm256_set1_epi8(15);
+    if (bits != 3) return _mm256_and_si256(_mm256_srli_epi16(load(at), bits * slot), nibble);
+    if (slot < 6) return _mm256_and_si256(_mm256_srli_epi16(load(at + 64 * (slot / 2)), 3 * (slot % 2)), nibble);
+    const __m256i low = _mm256_and_si256(_mm256_srli_epi16(load(at + (slot == 6 ? 0 : 128)), 6), _mm256_set1_epi8(3));
+    return _mm256_or_si256(low, _mm256_and_si256(_mm256_srli_epi16(load(at + 64), slot == 6 ? 4 : 5), _mm256_set1_epi8(4)));
+}
+
+#define CHUNK_QUADS(bits) ((bits) == 4 ? 2 : (bits) == 2 ? 4 : 8)
+#define CHUNK_BYTES(bits) ((bits) == 3 ? 192 : 64)
+/* A unit: the fewest quads that are whole chunks of both planes. */
+#define UNIT_QUADS(bits) ((bits) <= 4 ? CHUNK_QUADS(bits) : CHUNK_QUADS((bits) - 4))
+
+/* Past 4 bits a byte shuffle does not reach the table: 32 plain loads, shared by the queries. */
+INLINE void lookup(const int bits, const scalar_state *s, __m256i i, __m256i *a, __m256i *b)
+{
+    if (bits <= 4) {
+        const __m256i lo = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)s->byte_lo)), i);
+        const __m256i hi = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)s->byte_hi)), i);
+        *a = _mm256_unpacklo_epi8(lo, hi);
+        *b = _mm256_unpackhi_epi8(lo, hi);
+        return;
+    }
+    _Alignas(32) uint8_t at[32];
+    _Alignas(32) int16_t value[32];
+    _mm256_store_si256((__m256i *)at, i);
+    for (int k = 0; k < 32; k++) value[k] = s->fixed[at[k]];
+    const __m256i x = _mm256_load_si256((const __m256i *)value), y = _mm256_load_si256((const __m256i *)(value + 16));
+    *a = _mm256_permute2x128_si256(x, y, 0x20);
+    *b = _mm256_permute2x128_si256(x, y, 0x31);
+}
+
+typedef struct sums { __m256i s[SCALAR_QUERIES][2]; } sums;
+
+/* w: [query][quad] of 4 int16, w_ld quads apart. */
+INLINE void add_quad(const int bits, const int g, const int quad, const uint8_t *lo, const uint8_t *hi, const scalar_state *st, const int64_t *w, const size_t w_ld, sums *s)
+{
+    __m256i a, b, i;
+    if (bits <= 4) i = slot_of_plane(bits, lo, quad);
+    else i = _mm256_or_si256(slot_of_plane(4, lo + 64 * (quad / 2), quad % 2), _mm256_slli_epi16(slot_of_plane(bits - 4, hi, quad), 4));
+    lookup(bits, st, i, &a, &b);
+#define QUERY(q) if (g > q) { \
+        const __m256i x = _mm256_set1_epi64x(w[q * w_ld + (size_t)quad]); \
+        s->s[q][0] = _mm256_add_epi32(s->s[q][0], _mm256_madd_epi16(a, x)); \
+        s->s[q][1] = _mm256_add_epi32(s->s[q][1], _mm256_madd_epi16(b, x)); \
+    }
+    QUERY(0) QUERY(1) QUERY(2) QUERY(3)
+#undef QUERY
+}
+
+/* 8 lanes: half a tile. */
+INLINE void add_units(const int bits, const int g, const uint8_t *lo, const uint8_t *hi, int n_units, const scalar_state *st, const int64_t *w, const size_t w_ld, __m256i out[SCALAR_QUERIES])
+{
+    const int quads = UNIT_QUADS(bits);
+    sums s;
+    for (int q = 0; q < SCALAR_QUERIES; q++) s.s[q][0] = s.s[q][1] = _mm256_setzero_si256();
+    for (int u = 0; u < n_units; u++, w += quads) {
+#define QUAD(k) if (k < quads) add_quad(bits, g, k, lo, hi, st, w, w_ld, &s);
+        QUAD(0) QUAD(1) QUAD(2) QUAD(3) QUAD(4) QUAD(5) QUAD(6) QUAD(7)
+#undef QUAD
+        lo += bits <= 4 ? CHUNK_BYTES(bits) : 32 * quads;
+        if (bits > 4) hi += CHUNK_BYTES(bits - 4);
+    }
+#define QUERY(q) if (g > q) out[q] = _mm256_hadd_epi32(s.s[q][0], s.s[q][1]);
+    QUERY(0) QUERY(1) QUERY(2) QUERY(3)
+#undef QUERY
+}
+
+INLINE const uint8_t *plane_at(const scalar_plane *p, const uint8_t *page, int lane, int inner)
+{
+    return page + p->offset + (size_t)(lane / SCALAR_LANES) * scalar_plane_tile(p) + (size_t)(inner / p->chunk * p->rows) * 64 + 4 * (size_t)(lane % SCALAR_LANES);
+}
+
+INLINE void store_first(float *to, __m256 v, int n)
+{
+    if (n >= 8) { _mm256_storeu_ps(to, v); return; }
+    float all[8];
+    _mm256_storeu_ps(all, v);
+    memcpy(to, all, sizeof *to * (size_t)n);
+}
+
+/* ---- keys */
+
+INLINE void dot_block(const int bits, const int g, const kv_codec *c, const uint8_t *page, int n_tokens, const uint8_t *prepared, float *scores, int64_t ld)
+{
+    const scalar_state *st = scalar_state_of(c);
+    const int64_t *w = (const int64_t *)scalar_query_quads((void *)prepared, scalar_padded(c));
+    const int n_units = (c->head_dim + 4 * UNIT_QUADS(bits) - 1) / (4 * UNIT_QUADS(bits));
+    for (int tok = 0; tok < n_tokens; tok += 8) {
+        __m256i s[SCALAR_QUERIES];
+        add_units(bits, g, plane_at(&st->plane[0], page, tok, 0), plane_at(&st->plane[st->n_planes - 1], page, tok, 0), n_units, st, w, c->query_bytes / 8, s);
+        const __m256 scale = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(page + st->scales + 2 * (size_t)tok)));
+#define QUERY(q) if (g > q) { \
+            const float unit = st->unit * *(const float *)(prepared + q * c->query_bytes); \
+            store_first(scores + q * ld + tok, _mm256_mul_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(s[q]), scale), _mm256_set1_ps(unit)), n_tokens - tok); \
+        }
+        QUERY(0) QUERY(1) QUERY(2) QUERY(3)
+#undef QUERY
+    }
+}
+
+/* ---- values */
+
+INLINE float fold_max(__m256 v)
+{
+    __m128 m = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    m = _mm_max_ps(m, _mm_movehl_ps(m, m));
+    return _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
+}
+
+INLINE float fold_add(__m256 v)
+{
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+
+INLINE __m256i round_16(__m256 a, __m256 b)
+{
+    return _mm256_permute4x64_epi64(_mm256_packs_epi32(_mm256_cvtps_epi32(a), _mm256_cvtps_epi32(b)), 0xD8);
+}
+
+/* The unit that lets weights of this maximum and sum use all bits and never overflow; 0 when nothing weighs. */
+INLINE float unit_of(float top, float sum)
+{
+    const float a = top * (1.0f / 32767), b = sum * (1.0f / SCALAR_SUM_MAX);
+    return top >= 0x1p-100f ? a > b ? a : b : 0;
+}
+
+INLINE float weigh(const float *p, int n, const float *scale, int16_t *w)
+{
+    _Alignas(32) float v[SCALAR_SEGMENT];
+    __m256 top = _mm256_setzero_ps(), sum = top;
+    if (n < SCALAR_SEGMENT) {
+        memset(v, 0, sizeof v);
+        memcpy(v, p, sizeof *v * (size_t)n);
+        p = v;
+    }
+    for (int i = 0; i < SCALAR_SEGMENT; i += 8) {
+        const __m256 x = _mm256_mul_ps(_mm256_loadu_ps(p + i), _mm256_load_ps(scale + i));
+        top = _mm256_max_ps(top, x);
+        sum = _mm256_add_ps(sum, x);
+        _mm256_store_ps(v + i, x);
+    }
+    const float unit = unit_of(fold_max(top), fold_add(sum));
+    const __m256 per = _mm256_set1_ps(unit > 0 ? 1 / unit : 0);
+    for (int i = 0; i < SCALAR_SEGMENT; i += 16)
+        _mm256_store_si256((__m256i *)(w + i), round_16(_mm256_mul_ps(_mm256_load_ps(v + i), per), _mm256_mul_ps(_mm256_load_ps(v + i + 8), per)));
+    return unit;
+}
+
+INLINE void accumulate_block(const int bits, const int g, const kv_codec *c, const uint8_t *page, int n_tokens, const float *p, int64_t ld, float *acc)
+{
+    const scalar_state *st = scalar_state_of(c);
+    for (int tok = 0; tok < n_tokens; tok += SCALAR_SEGMENT) {
+        const int n = n_tokens - tok < SCALAR_SEGMENT ? n_tokens - tok : SCALAR_SEGMENT;
+        const int n_units = (n + 4 * UNIT_QUADS(bits) - 1) / (4 * UNIT_QUADS(bits));
+        _Alignas(32) int16_t w[SCALAR_QUERIES][SCALAR_SEGMENT];
+        _Alignas(32) float scale[SCALAR_SEGMENT];
+        uint16_t half[SCALAR_SEGMENT] = { 0 };
+        float unit[SCALAR_QUERIES];
+        memcpy(half, page + st->scales + 2 * (size_t)tok, 2 * (size_t)n);
+        for (int i = 0; i < SCALAR_SEGMENT; i += 8) _mm256_store_ps(scale + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(half + i))));
+        for (int q = 0; q < g; q++) unit[q] = st->unit * weigh(p + q * ld + tok, n, scale, w[q]);
+        for (int dim = 0; dim < c->space_dim; dim += 8) {
+            __m256i s[SCALAR_QUERIES];
+            add_units(bits, g, plane_at(&st->plane[0], page, dim, tok), plane_at(&st->plane[st->n_planes - 1], page, dim, tok), n_units, st, (const int64_t *)w[0], SCALAR_SEGMENT / 4, s);
+#define QUERY(q) if (g > q) { \
+                float *to = acc + q * c->space_dim + dim; \
+                _mm256_storeu_ps(to, _mm256_fmadd_ps(_mm256_cvtepi32_ps(s[q]), _mm256_set1_ps(unit[q]), _mm256_loadu_ps(to))); \
+            }
+            QUERY(0) QUERY(1) QUERY(2) QUERY(3)
+#undef QUERY
+        }
+    }
+}
+
+/* ---- one function per code width and number of queries */
+
+typedef void dot_fn(const kv_codec *c, const uint8_t *page, int n_tokens, const uint8_t *prepared, float *scores, int64_t ld);
+typedef void accumulate_fn(const kv_codec *c, const uint8_t *page, int n_tokens, const float *p, int64_t ld, float *acc);
+
+#define DEFINE(b, g) \
+    KV_AVX2 static void dot_##b##_##g(const kv_codec *c, const uint8_t *page, int n, const uint8_t *q, float *s, int64_t ld) { dot_block(b, g, c, page, n, q, s, ld); } \
+    KV_AVX2 static void acc_##b##_##g(const kv_codec *c, const uint8_t *page, int n, const float *p, int64_t ld, float *a) { accumulate_block(b, g, c, page, n, p, ld, a); }
+#define DEFINE_ALL(b) DEFINE(b, 1) DEFINE(b, 2) DEFINE(b, 3) DEFINE(b, 4)
+DEFINE_ALL(1) DEFINE_ALL(2) DEFINE_ALL(3) DEFINE_ALL(4) DEFINE_ALL(5) DEFINE_ALL(6) DEFINE_ALL(7) DEFINE_ALL(8)
+
+#define ROW(name, b) { name##_##b##_1, name##_##b##_2, name##_##b##_3, name##_##b##_4 }
+#define ROWS(name) { ROW(name, 1), ROW(name, 2), ROW(name, 3), ROW(name, 4), ROW(name, 5), ROW(name, 6), ROW(name, 7), ROW(name, 8) }
+static dot_fn        *const dot_of[8][SCALAR_QUERIES] = ROWS(dot);
+static accumulate_fn *const acc_of[8][SCALAR_QUERIES] = ROWS(acc);
+
+static void dot(const kv_codec *c, const uint8_t *page, int n_tokens, const void *prepared, int n_q, float *scores, int64_t ld)
+{
+    for (int q = 0; q < n_q; q += SCALAR_QUERIES)
+        dot_of[scalar_state_of(c)->bits - 1][kv_min(n_q - q, SCALAR_QUERIES) - 1](c, page, n_tokens, (const uint8_t *)prepared + (size_t)q * c->query_bytes, scores + q * ld, ld);
+}
+
+static void accumulate(const kv_codec *c, const uint8_t *page, int n_tokens, const float *p, int64_t ld, int n_q, float *acc)
+{
+    for (int q = 0; q < n_q; q += SCALAR_QUERIES)
+        acc_of[scalar_state_of(c)->bits - 1][kv_min(n_q - q, SCALAR_QUERIES) - 1](c, page, n_tokens, p + q * ld, ld, acc + (size_t)q * (size_t)c->space_dim);
+}
+
+/* ---- queries */
+
+KV_AVX2 void scalar_prepare_avx2(void *q, int padded)
+{
+    const float *row = scalar_query_f32(q);
+    int16_t *quads = scalar_query_quads(q, padded), *pairs = scalar_query_pairs(q, padded);
+    const __m256 sign = _mm256_set1_ps(-0.0f);
+    __m256 top = _mm256_setzero_ps(), sum = top;
+    for (int i = 0; i < padded; i += 8) {
+        const __m256 x = _mm256_andnot_ps(sign, _mm256_load_ps(row + i));
+        top = _mm256_max_ps(top, x);
+        sum = _mm256_add_ps(sum, x);
+    }
+    const float total = fold_add(sum), unit = total < INFINITY ? unit_of(fold_max(top), total) : NAN;
+    const __m256 per = _mm256_set1_ps(unit > 0 ? 1 / unit : 0);
+    for (int i = 0; i < padded; i += 16) {
+        const __m256i k = round_16(_mm256_mul_ps(_mm256_load_ps(row + i), per), _mm256_mul_ps(_mm256_load_ps(row + i + 8), per));
+        _mm256_store_si256((__m256i *)(quads + i), k);
+        _mm256_store_si256((__m256i *)(pairs + i), _mm256_shufflehi_epi16(_mm256_shufflelo_epi16(k, 0xD8), 0xD8));
+    }
+    *(float *)q = unit;
+}
+
+/* ---- encoding: the bits of plain C */
+
+KV_AVX2 static void scale_row(const float *x, const float *sign, float by, float *out, int n)
+{
+    const __m256 k = _mm256_set1_ps(by);
+    int i = 0;
+    for (; i + 8 <= n; i += 8) _mm256_storeu_ps(out + i, _mm256_mul_ps(_mm256_loadu_ps(x + i), sign ? _mm256_mul_ps(_mm256_loadu_ps(sign + i), k) : k));
+    scalar_c.scale_row(x + i, sign ? sign + i : NULL, by, out + i, n - i);
+}
+
+KV_AVX2 static void dense(const float *m, const float *x, float *out, int n)
+{
+    int i = 0;
+    for (; i + 8 <= n; i += 8) {
+        __m256 sum = _mm256_setzero_ps();
+        for (int j = 0; j < n; j++) sum = _mm256_add_ps(sum, _mm256_mul_ps(_mm256_set1_ps(x[j]), _mm256_loadu_ps(m + (size_t)j * (size_t)n + i)));
+        _mm256_storeu_ps(out + i, sum);
+    }
+    for (; i < n; i++) {
+        out[i] = 0;
+        for (int j = 0; j < n; j++) out[i] += x[j] * m[(size_t)j * (size_t)n + (size_t)i];
+    }
+}
+
+KV_AVX2 static void index_row(const scalar_state *s, const float *y, uint8_t *code, int n)
+{
+    const __m256i low_bytes = _mm256_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, 0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
+    int i = 0;
+    for (; i + 8 <= n; i += 8) {
+        const __m256 v = _mm256_loadu_ps(y + i);
+        __m256i at = _mm256_setzero_si256();
+        if (s->bits <= 4) {                   /* counting 15 boundaries costs less than 4 gathers */
+            for (int k = 0; k < s->levels - 1; k++) at = _mm256_sub_epi32(at, _mm256_castps_si256(_mm256_cmp_ps(v, _mm256_set1_ps(s->bound[k]), _CMP_GT_OQ)));
+        } else {
+            for (int step = s->levels / 2; step; step /= 2) {
+                const __m256 b = _mm256_i32gather_ps(s->bound, _mm256_add_epi32(at, _mm256_set1_epi32(step - 1)), 4);
+                at = _mm256_add_epi32(at, _mm256_and_si256(_mm256_castps_si256(_mm256_cmp_ps(v, b, _CMP_GT_OQ)), _mm256_set1_epi32(step)));
+            }
+        }
+        const __m256i bytes = _mm256_shuffle_epi8(at, low_bytes);
+        _mm_storel_epi64((__m128i *)(code + i), _mm_unpacklo_epi32(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1)));
+    }
+    scalar_c.index(s, y + i, code + i, n - i);
+}
+
+KV_AVX2 static void put_value(const scalar_state *s, uint8_t *page, int token, const uint8_t *code)
+{
+    for (int k = 0; k < s->n_planes; k++) {
+        const scalar_plane *p = &s->plane[k];
+        const scalar_field *field = scalar_fields[p->bits - 1][token % p->chunk / 4];
+        for (int f = 0; f < 2 && field[f].width; f++) {
+            const __m128i shift = _mm_cvtsi32_si128(field[f].shift + token % 4 * 8), from = _mm_cvtsi32_si128(field[f].from + 4 * k);
+            const __m256i mask = _mm256_sll_epi32(_mm256_set1_epi32((1 << field[f].width) - 1), shift);
+            uint8_t *at = page + p->offset + (size_t)(token / p->chunk * p->rows + field[f].row) * 64;
+            for (int tile = 0; tile < s->n_tiles; tile++, at += scalar_plane_tile(p))
+                for (int h = 0; h < 2; h++) {
+                    const __m256i wide = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(code + tile * SCALAR_LANES + 8 * h)));
+                    const __m256i bits = _mm256_and_si256(_mm256_sll_epi32(_mm256_srl_epi32(wide, from), shift), mask);
+                    _mm256_storeu_si256((__m256i *)(at + 32 * h), _mm256_or_si256(bits, _mm256_andnot_si256(mask, load(at + 32 * h))));
+                }
+        }
+    }
+}
+
+const scalar_level scalar_avx2 = { scale_row, dense, index_row, put_value, scalar_prepare_avx2, dot, accumulate };
