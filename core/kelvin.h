@@ -198,7 +198,9 @@ int  kv_model_tensor_at(const kv_model *m, int i, const char **name, const char 
 int  kv_tokenize(const kv_model *m, const char *text, double n_bytes, int add_special, int parse_special, int32_t *ids, int cap, int *n);
 int  kv_detokenize(const kv_model *m, const int32_t *ids, int n, char *buf, int cap, int *n_bytes);
 int  kv_token_is_end(const kv_model *m, int id);
-/* A chat turn as the model's template writes it.  role: "system", "user", "assistant"; role NULL opens the assistant's turn. */
+/* A chat turn as the model's template writes it.  role: "system", "user", "assistant"; role NULL opens the assistant's turn.
+ * first: 1 opens the conversation, 2 follows a system turn that did, else 0.  A begin token at the very start is left to
+ * kv_tokenize's add_special; parse_special reads the others. */
 int  kv_chat_format(const kv_model *m, const char *role, const char *text, int first, char *buf, int cap, int *n_bytes);
 
 /* ---- cache and session: one sequence ------------------------------------------------------------------------ */

@@ -235,7 +235,8 @@ static int load_ends(kv_tokenizer *t, const kv_gguf *g)
     }
     for (size_t i = 0; i < sizeof name / sizeof *name; i++) {
         const int32_t id = kv_token_find(t, name[i], strlen(name[i]));
-        if (id >= 0 && is_special(t->type[id])) t->is_end[id] = 1;
+        /* Gemma's user-defined "</s>" is HTML; a user-defined "<|im_end|>" still ends a turn. */
+        if (id >= 0 && (t->type[id] == KV_TOKEN_CONTROL || (t->type[id] == KV_TOKEN_USER && name[i][1] == '|'))) t->is_end[id] = 1;
     }
     if (t->eos >= 0) t->is_end[t->eos] = 1;
     return KV_OK;
