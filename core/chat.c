@@ -63,15 +63,17 @@ static void put(page *o, const char *p, size_t n)
 }
 static void put_text(page *o, const char *p) { put(o, p, strlen(p)); }
 
-/* Jinja's trim: white space off both ends (ASCII here). */
-static void put_trimmed(page *o, const char *p)
+static const char blank[] = " \t\n\v\f\r";
+
+static void put_right_trimmed(page *o, const char *p)
 {
-    static const char blank[] = " \t\n\v\f\r";
-    p += strspn(p, blank);
     size_t n = strlen(p);
     while (n > 0 && strchr(blank, p[n - 1])) n--;
     put(o, p, n);
 }
+
+/* Jinja's trim: white space off both ends (ASCII here). */
+static void put_trimmed(page *o, const char *p) { put_right_trimmed(o, p + strspn(p, blank)); }
 
 static void put_id(page *o, const kv_tokenizer *t, int id) { if (id >= 0) put(o, t->text[id], t->len[id]); }
 
@@ -134,8 +136,9 @@ static void inst(page *o, const kv_tokenizer *t, enum role role, const char *tex
         put_text(o, llama2 ? "\n<</SYS>>\n\n" : "\n\n");
         return;
     }
-    if (llama2) put_trimmed(o, text);
-    else put_text(o, text);
+    if (!llama2) put_text(o, text);
+    else if (first == 2) put_right_trimmed(o, text);     /* the template trims the system text and this as one */
+    else put_trimmed(o, text);
     put_text(o, " [/INST]");
 }
 
