@@ -5,8 +5,6 @@
  * that; they go signed and widened against the i16 activations.  Then one FMA with the scales per 32 values. */
 #include "weights_simd.h"
 
-enum { ROWS = 4 /* rows that share the loads of activations */ };
-
 /* ---- dequantize */
 
 KV_INLINE KV_AVX2 void rows_of(int type, const kv_weight *w, int64_t row0, int64_t n_rows, float *dst)
@@ -58,8 +56,6 @@ KV_INLINE KV_AVX2 void rows_of_floats(int type, const kv_weight *w, int64_t row0
     }
 }
 
-#define EACH_TYPE(X) X(Q4_0) X(Q4_1) X(Q5_0) X(Q5_1) X(Q8_0) X(Q2_K) X(Q3_K) X(Q4_K) X(Q5_K) X(Q6_K)
-
 #define ROWS_FN(T) KV_AVX2 static void rows_##T(const kv_weight *w, int64_t r, int64_t n, float *dst) { rows_of(KV_W_##T, w, r, n, dst); }
 EACH_TYPE(ROWS_FN)
 #define FLOAT_ROWS_FN(T) KV_AVX2 static void rows_##T(const kv_weight *w, int64_t r, int64_t n, float *dst) { rows_of_floats(KV_W_##T, w, r, n, dst); }
@@ -83,81 +79,82 @@ KV_INLINE KV_AVX2 float sum8(__m256 v)
 /* ds = a times the activations' scales; returns sum of b times the activations' sums, as 8 partial sums. */
 KV_INLINE KV_AVX2 __m256 fold_scales(int type, const uint8_t *p, int n32, const uint32_t *raw, const float *scale, const float *sum, float *ds)
 {
-    const int n = n32 * 32 / w_group(type), offset = type == KV_W_Q8_0 ? 0 : w_offset(type);
     float b[MAX_GROUPS];
-    if (w_block(type) == 256) {
-        const int per = 256 / w_group(type);
-        for (int i = 0; i < n32 / 8; i++) scales_k(type, p + i * w_bytes(type), ds + per * i, b + per * i);
-    }
+    if (w_block(type) == 256) scales_k_run(type, p, n32, ds, b);
     __m256 total = _mm256_setzero_ps();
-    for (int i = 0; i < n; i += 8) {
+    for (int i = 0; i < n32 * 32 / w_group(type); i += 8) {
         __m256 d, m;
-        if (w_block(type) == 32) halves8(raw + i, &d, &m);
+        if (w_block(type) == 32) halves8(type, raw, i, &d, &m);
         else {
             d = _mm256_loadu_ps(ds + i);
-            if (w_has_min(type)) m = _mm256_loadu_ps(b + i);
+            m = w_has_min(type) ? _mm256_loadu_ps(b + i) : _mm256_mul_ps(d, _mm256_set1_ps((float)-w_offset(type)));
         }
-        if (!w_has_min(type)) m = _mm256_mul_ps(d, _mm256_set1_ps((float)-offset));
-        if (w_has_min(type) || offset) total = _mm256_fmadd_ps(m, _mm256_loadu_ps(sum + i), total);
+        if (type != KV_W_Q8_0) total = _mm256_fmadd_ps(m, _mm256_loadu_ps(sum + i), total);
         _mm256_storeu_ps(ds + i, _mm256_mul_ps(d, _mm256_loadu_ps(scale + i)));
     }
     return total;
 }
 
-KV_INLINE KV_AVX2 void matvec_rows(int type, int n_rows, const kv_weight *w, const kv_act *a, int64_t row, float *y)
+/* acc[r] += ds times codes times activations over n32 groups, rows row_bytes apart. */
+KV_INLINE KV_AVX2 void products(int type, int n_rows, const uint8_t *p, size_t row_bytes, int n32, const int8_t *digits, const int16_t *q, const float *ds, __m256 *acc)
 {
-    const int halves = 32 / w_group(type), per_block = w_block(type) / 32;
-    const float *const scale = halves == 2 ? kv_act_scale16(a) : a->scale, *const sum = halves == 2 ? kv_act_sum16(a) : a->sum;
-    __m256 acc[ROWS], bias[ROWS];
+    const int per_block = w_block(type) / 32;
+    __m256 sum[ROWS];
 #pragma GCC unroll 4
-    for (int r = 0; r < n_rows; r++) acc[r] = bias[r] = _mm256_setzero_ps();
-    for (int64_t at = 0; at < w->n_in; at += CHUNK) {
-        const uint8_t *const p0 = w->data + (size_t)row * w->row_bytes + (size_t)(at / w_block(type)) * (size_t)w_bytes(type);
-        const int n32 = (int)kv_min64(w->n_in - at, CHUNK) / 32;
-        float ds[ROWS][MAX_GROUPS];
-        uint32_t raw[ROWS][CHUNK / 32];
-        if (w_block(type) == 32) for (int r = 0; r < n_rows; r++) collect32(type, p0 + (size_t)r * w->row_bytes, n32, raw[r]);
-#pragma GCC unroll 4
-        for (int r = 0; r < n_rows; r++)
-            bias[r] = _mm256_add_ps(bias[r], fold_scales(type, p0 + (size_t)r * w->row_bytes, n32, raw[r], scale + at / w_group(type), sum + at / w_group(type), ds[r]));
-        const uint8_t *p = p0;
-        for (int i = 0; i < n32; i += per_block, p += w_bytes(type))
+    for (int r = 0; r < n_rows; r++) sum[r] = acc[r];
+    for (int i = 0; i < n32; i += per_block, p += w_bytes(type))
 #pragma GCC unroll 8
-            for (int j = 0; j < per_block; j++) {
-                const uint8_t *const digits = (const uint8_t *)kv_act_digits(a) + 2 * at + 64 * (i + j), *const q = (const uint8_t *)(a->q + at + 32 * (i + j));
+        for (int j = 0; j < per_block; j++) {
+            const uint8_t *const x = type == KV_W_Q8_0 ? (const uint8_t *)(q + 32 * i) : (const uint8_t *)digits + 64 * (i + j);
+            const __m256i x0 = load256(x), x1 = load256(x + 32);
 #pragma GCC unroll 4
-                for (int r = 0; r < n_rows; r++) {
-                    const uint8_t *const block = p + (size_t)r * w->row_bytes;
-                    __m256i v;
-                    if (type == KV_W_Q8_0) {
-                        const __m256i w0 = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(const void *)(block + 2)));
-                        const __m256i w1 = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(const void *)(block + 18)));
-                        v = _mm256_add_epi32(_mm256_madd_epi16(w0, load256(q)), _mm256_madd_epi16(w1, load256(q + 32)));
-                    } else {
-                        const __m256i u = codes256(type, block, j);
-                        v = _mm256_add_epi32(_mm256_madd_epi16(_mm256_maddubs_epi16(u, load256(digits)), _mm256_set1_epi16(1)),
-                                             _mm256_madd_epi16(_mm256_maddubs_epi16(u, load256(digits + 32)), _mm256_set1_epi16(256)));
-                    }
-                    __m256 s;
-                    if (halves == 1) s = _mm256_set1_ps(ds[r][i + j]);
-                    else {
-                        double pair;
-                        memcpy(&pair, &ds[r][2 * (i + j)], 8);
-                        s = _mm256_permutevar8x32_ps(_mm256_castpd_ps(_mm256_set1_pd(pair)), _mm256_set_epi32(1, 1, 1, 1, 0, 0, 0, 0));
-                    }
-                    acc[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(v), s, acc[r]);
+            for (int r = 0; r < n_rows; r++) {
+                const uint8_t *const block = p + (size_t)r * row_bytes;
+                __m256i v0, v1;
+                if (type == KV_W_Q8_0) {
+                    v0 = _mm256_madd_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(const void *)(block + 2))), x0);
+                    v1 = _mm256_madd_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(const void *)(block + 18))), x1);
+                } else {
+                    const __m256i u = codes256(type, block, j);
+                    v0 = _mm256_madd_epi16(_mm256_maddubs_epi16(u, x0), _mm256_set1_epi16(1));
+                    v1 = _mm256_madd_epi16(_mm256_maddubs_epi16(u, x1), _mm256_set1_epi16(256));
                 }
+                __m256 s;
+                if (w_group(type) == 32) s = _mm256_set1_ps(ds[r * MAX_GROUPS + i + j]);
+                else {
+                    double pair;
+                    memcpy(&pair, &ds[r * MAX_GROUPS + 2 * (i + j)], 8);
+                    s = _mm256_permutevar8x32_ps(_mm256_castpd_ps(_mm256_set1_pd(pair)), _mm256_set_epi32(1, 1, 1, 1, 0, 0, 0, 0));
+                }
+                sum[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_add_epi32(v0, v1)), s, sum[r]);
             }
-    }
+        }
 #pragma GCC unroll 4
-    for (int r = 0; r < n_rows; r++) y[r] = sum8(_mm256_add_ps(acc[r], bias[r]));
+    for (int r = 0; r < n_rows; r++) acc[r] = sum[r];
 }
 
 KV_INLINE KV_AVX2 void matvec_of(int type, const kv_weight *w, const kv_act *a, int64_t row0, int64_t row1, float *y)
 {
-    int64_t r = row0;
-    for (; r + ROWS <= row1; r += ROWS) matvec_rows(type, ROWS, w, a, r, y + r);
-    for (; r < row1; r++) matvec_rows(type, 1, w, a, r, y + r);
+    const int group = w_group(type);
+    const float *const scale = group == 16 ? kv_act_scale16(a) : a->scale, *const sum = group == 16 ? kv_act_sum16(a) : a->sum;
+    for (int64_t row = row0; row < row1; row += COMPANY) {
+        const int n_rows = (int)kv_min64(row1 - row, COMPANY);
+        __m256 acc[COMPANY], bias[COMPANY];
+        float ds[COMPANY][MAX_GROUPS];
+        uint32_t raw[COMPANY][CHUNK / 32];
+        for (int r = 0; r < n_rows; r++) acc[r] = bias[r] = _mm256_setzero_ps();
+        for (int64_t at = 0; at < w->n_in; at += CHUNK) {
+            const uint8_t *const p = w->data + (size_t)row * w->row_bytes + (size_t)(at / w_block(type)) * (size_t)w_bytes(type);
+            const int n32 = (int)kv_min64(w->n_in - at, CHUNK) / 32;
+            if (w_block(type) == 32) for (int r = 0; r < n_rows; r++) collect32(type, p + (size_t)r * w->row_bytes, n32, raw[r]);
+            for (int r = 0; r < n_rows; r++)
+                bias[r] = _mm256_add_ps(bias[r], fold_scales(type, p + (size_t)r * w->row_bytes, n32, raw[r], scale + at / group, sum + at / group, ds[r]));
+            int r = 0;
+            for (; r + ROWS <= n_rows; r += ROWS) products(type, ROWS, p + (size_t)r * w->row_bytes, w->row_bytes, n32, kv_act_digits(a) + 2 * at, a->q + at, ds[r], acc + r);
+            for (; r < n_rows; r++) products(type, 1, p + (size_t)r * w->row_bytes, w->row_bytes, n32, kv_act_digits(a) + 2 * at, a->q + at, ds[r], acc + r);
+        }
+        for (int r = 0; r < n_rows; r++) y[row + r] = sum8(_mm256_add_ps(acc[r], bias[r]));
+    }
 }
 
 KV_INLINE KV_AVX2 void matvec_of_floats(int type, const kv_weight *w, const kv_act *a, int64_t row0, int64_t row1, float *y)

@@ -8,7 +8,12 @@
 
 #define KV_INLINE static inline __attribute__((always_inline))
 
-enum { CHUNK = 2048 /* values of a row whose scales are expanded at once: 8 KB of a and b for four rows stay in L1 */, MAX_GROUPS = CHUNK / 16 };
+enum {
+    CHUNK = 2048,                              /* values of a row whose scales are expanded at once */
+    MAX_GROUPS = CHUNK / 16,
+    COMPANY = 16,                              /* rows whose scales are expanded together: 12 KB, and what is stored has settled when it is read wide */
+    ROWS = 4,                                  /* rows that share the loads of activations */
+};
 
 KV_INLINE int  w_block(int type) { return type >= KV_W_Q2_K ? 256 : 32; }
 KV_INLINE int  w_group(int type) { return type == KV_W_Q2_K || type == KV_W_Q3_K || type == KV_W_Q6_K ? 16 : 32; }
@@ -33,6 +38,8 @@ KV_INLINE int  w_bytes(int type)
     default:        return 210;
     }
 }
+
+#define EACH_TYPE(X) X(Q4_0) X(Q4_1) X(Q5_0) X(Q5_1) X(Q8_0) X(Q2_K) X(Q3_K) X(Q4_K) X(Q5_K) X(Q6_K)
 
 /* ---- codes */
 
@@ -134,17 +141,41 @@ KV_INLINE KV_AVX2 void scales_k(int type, const uint8_t *p, float *a, float *b)
     }
 }
 
-/* The first four bytes of each of n blocks of 32: d, and m or two codes.  The loads and the wide reads of raw lie apart:
- * a wide load right behind narrow stores would wait for them. */
-KV_INLINE void collect32(int type, const uint8_t *p, int n, uint32_t *raw)
+/* a and b of the blocks of n32 chunks; zeros up to a multiple of 16 groups. */
+KV_INLINE KV_AVX2 void scales_k_run(int type, const uint8_t *p, int n32, float *a, float *b)
 {
-    for (int i = 0; i < n; i++, p += w_bytes(type)) raw[i] = kv_load_u32(p);
-    for (int i = n; i % 16; i++) raw[i] = 0;
+    const int per = 256 / w_group(type), n = n32 / 8 * per;
+    for (int i = 0; i < n; i += per, p += w_bytes(type)) scales_k(type, p, a + i, b + i);
+    if (n % 16) {
+        _mm256_storeu_ps(a + n, _mm256_setzero_ps());
+        if (w_has_min(type)) _mm256_storeu_ps(b + n, _mm256_setzero_ps());
+    }
 }
 
-KV_INLINE KV_AVX2 void halves8(const uint32_t *raw, __m256 *d, __m256 *m)
+/* What the scales of n blocks of 32 come from: d and m of each, or d alone as u16; zeros up to a multiple of 16. */
+KV_INLINE void collect32(int type, const uint8_t *p, int n, uint32_t *raw)
 {
-    const __m256i v = load256((const uint8_t *)raw);
+    uint16_t *const raw16 = (uint16_t *)(void *)raw;
+    const int padded = (n + 15) / 16 * 16;
+    for (int i = 0; i < n; i++, p += w_bytes(type)) {
+        if (w_has_min(type)) memcpy(raw + i, p, 4);
+        else memcpy(raw16 + i, p, 2);
+    }
+    for (int i = n; i < padded; i++) {
+        if (w_has_min(type)) raw[i] = 0;
+        else raw16[i] = 0;
+    }
+}
+
+/* Eight of them as f32, from the i-th on; m is b too where the type has no minimum. */
+KV_INLINE KV_AVX2 void halves8(int type, const uint32_t *raw, int i, __m256 *d, __m256 *m)
+{
+    if (!w_has_min(type)) {
+        *d = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)((const uint16_t *)(const void *)raw + i)));
+        *m = _mm256_mul_ps(*d, _mm256_set1_ps((float)-w_offset(type)));
+        return;
+    }
+    const __m256i v = load256((const uint8_t *)(raw + i));
     const __m256i both = _mm256_permute4x64_epi64(_mm256_packus_epi32(_mm256_and_si256(v, _mm256_set1_epi32(0xffff)), _mm256_srli_epi32(v, 16)), 0xd8);
     *d = _mm256_cvtph_ps(_mm256_castsi256_si128(both));
     *m = _mm256_cvtph_ps(_mm256_extracti128_si256(both, 1));
@@ -154,18 +185,17 @@ KV_INLINE KV_AVX2 void halves8(const uint32_t *raw, __m256 *d, __m256 *m)
 KV_INLINE KV_AVX2 void scales(int type, const uint8_t *p, int n32, float *a, float *b)
 {
     if (w_block(type) == 256) {
-        const int per = 256 / w_group(type);
-        for (int i = 0; i < n32 / 8; i++) scales_k(type, p + i * w_bytes(type), a + per * i, b + per * i);
-        if (!w_has_min(type)) for (int i = 0; i < n32 / 8 * per; i++) b[i] = (float)-w_offset(type) * a[i];
+        scales_k_run(type, p, n32, a, b);
+        if (!w_has_min(type)) for (int i = 0; i < n32 * 32 / w_group(type); i++) b[i] = (float)-w_offset(type) * a[i];
         return;
     }
     uint32_t raw[CHUNK / 32];
     collect32(type, p, n32, raw);
     for (int i = 0; i < n32; i += 8) {
         __m256 d, m;
-        halves8(raw + i, &d, &m);
+        halves8(type, raw, i, &d, &m);
         _mm256_storeu_ps(a + i, d);
-        _mm256_storeu_ps(b + i, w_has_min(type) ? m : _mm256_mul_ps(d, _mm256_set1_ps((float)-w_offset(type))));
+        _mm256_storeu_ps(b + i, m);
     }
 }
 #endif
