@@ -297,7 +297,7 @@ static int run_chunk(kv_eval *e, int index, const int32_t *tokens, int n, int fr
 
 static void whole(const char *path, int mode)
 {
-    enum { N = 96, FROM = 40, SCORED = N - 1 - FROM };
+    enum { N = 48, FROM = 20, SCORED = N - 1 - FROM };
     kv_model *m = NULL;
     kv_model_info info;
     kv_eval *e = NULL;
