@@ -1,8 +1,8 @@
 /* edit.c -- one line at a time from a terminal, over libedit, pull-style.
  *
  * A terminal is one thing, so there is one editor, made at the first line and guarded by a lock.  Ctrl-C is read as a
- * character and not as a signal: the tty's interrupt character is off while a line is edited, and what the program
- * does with SIGINT elsewhere stays as it was.  libedit reads the character set from the locale; a thread-local locale
+ * character and not as a signal: the tty makes no signals while a line is edited, and what the program does with
+ * SIGINT elsewhere stays as it was.  libedit reads the character set from the locale; a thread-local locale
  * gives it UTF-8 without changing the process.  Completion is a sorted list of words: a word under the cursor is
  * [A-Za-z0-9_.:]+; Tab adds what all candidates share, and lists them when they share no more. */
 #include <ctype.h>
@@ -113,7 +113,7 @@ static int open_editor(void)
     el_set(ed.el, EL_PROMPT, prompt_text);
     el_set(ed.el, EL_EDITOR, "emacs");
     el_set(ed.el, EL_HIST, history, ed.history);
-    el_set(ed.el, EL_SETTY, "-d", "intr=", NULL);
+    el_set(ed.el, EL_SETTY, "-d", "-isig", NULL);
     el_set(ed.el, EL_ADDFN, "kelvin-interrupt", "Give the line up", on_interrupt_key);
     el_set(ed.el, EL_ADDFN, "kelvin-complete", "Complete the word", on_complete_key);
     el_set(ed.el, EL_BIND, "^C", "kelvin-interrupt", NULL);
