@@ -252,7 +252,7 @@ int kv_block_dot(const kv_block *b, const kv_tensor *q, int fused, kv_tensor *sc
                     kv_tile_dot(c, page_at(b, h, t / c->page_tokens), end - t, s.in, dim, n_q, s.work + t, b->n_tokens, s.tile);
                 } else {
                     decode_rows(b, h, t, end, s.tile);
-                    kv_rows_dot(s.tile, dim, end - t, dim, s.in, dim, n_q, s.work + t, b->n_tokens);
+                    kv_rows_dot(KV_F32, s.tile, dim, end - t, dim, s.in, dim, n_q, s.work + t, b->n_tokens);
                 }
             }
             for (int g = 0; g < n_q; g++) scatter(scores, h, q0 + g, s.work + (size_t)g * b->n_tokens);
@@ -290,7 +290,7 @@ int kv_block_accumulate(const kv_block *b, const kv_tensor *p, int fused, kv_ten
             for (int t = b->n_coded, end; t < b->n_tokens; t = end) {
                 end = run_end(b, t, b->n_tokens);
                 decode_rows(b, h, t, end, s.tile);
-                kv_rows_accumulate(s.tile, dim, end - t, dim, s.in + t, b->n_tokens, n_q, y, dim);
+                kv_rows_accumulate(KV_F32, s.tile, dim, end - t, dim, s.in + t, b->n_tokens, n_q, y, dim);
             }
             for (int g = 0; g < n_q; g++) scatter(out, h, q0 + g, y + (size_t)g * dim);
         }

@@ -296,11 +296,11 @@ int kv_codec_fit_bits(const char *family, const char *params, int head_dim, int 
 void kv_tile_dot(const kv_codec *c, const uint8_t *page, int n_tokens, const float *q, int64_t q_ld, int n_q, float *scores, int64_t ld, float *scratch)
 {
     c->ops->decode(c, page, 0, n_tokens, scratch, c->head_dim);
-    kv_rows_dot(scratch, c->head_dim, n_tokens, c->head_dim, q, q_ld, n_q, scores, ld);
+    kv_rows_dot(KV_F32, scratch, c->head_dim, n_tokens, c->head_dim, q, q_ld, n_q, scores, ld);
 }
 
 void kv_tile_accumulate(const kv_codec *c, const uint8_t *page, int n_tokens, const float *p, int64_t ld, int n_q, float *acc, float *scratch)
 {
     c->ops->decode(c, page, 0, n_tokens, scratch, c->head_dim);
-    kv_rows_accumulate(scratch, c->head_dim, n_tokens, c->head_dim, p, ld, n_q, acc, c->head_dim);
+    kv_rows_accumulate(KV_F32, scratch, c->head_dim, n_tokens, c->head_dim, p, ld, n_q, acc, c->head_dim);
 }

@@ -34,6 +34,8 @@ enum { P_BITS, P_GROUP, P_AXIS, P_MODE, P_ORDER };
 enum { AXIS_DIM, AXIS_TOKEN };
 enum { AFFINE, SYMMETRIC, GGML_0, GGML_1 };
 enum { BLOCK = 32 };                                       /* ggml's QK */
+enum { TILE = 16, SHARE = 8 };                             /* rows unpacked at a time; queries that share the unpacking */
+enum { MAX_GROUPS = KV_MAX_HEAD_DIM / 16 };                /* of a row whose groups are multiples of 16 */
 
 static const kv_param params[] = {
     { "bits",  "bits of a code", KV_PARAM_INT, 4, 1, 8, NULL },
@@ -47,6 +49,7 @@ typedef struct int_state {
     int    bits, group, mode, zero;                        /* zero: code that stands for 0, or 0 with a minimum */
     int    cols;                                           /* values of a row */
     bool   along_tokens, has_min, interleaved, s8;         /* s8: codes are int8 */
+    bool   whole;                                          /* no register of 16 columns crosses a group or the row's end */
     size_t block_bytes, row_bytes, granule_bytes;          /* block_bytes: of a full block */
 } int_state;
 
@@ -85,6 +88,7 @@ static int int_init(kv_codec *c)
         RETURN_ERROR_IF(s->group > BLOCK && s->group > c->head_dim, KV_E_PARAM, "codec 'int': group=%d is more than head_dim=%d", s->group, c->head_dim);
     }
     s->cols = s->along_tokens ? s->group : c->head_dim;
+    s->whole = s->cols % 16 == 0 && (s->group % 16 == 0 || s->group >= s->cols);
     s->has_min = s->mode == AFFINE || s->mode == GGML_1;
     s->s8 = s->mode == GGML_0 && s->bits == 8;
     s->zero = s->has_min || s->s8 ? 0 : 1 << (s->bits - 1);
@@ -153,6 +157,8 @@ typedef struct group_scale { float mul, off; uint16_t d, m; } group_scale;
 
 static group_scale scale_of(const int_state *s, float lo, float hi, float extreme)
 {
+    lo += 0.0f;                                                       /* -0 becomes 0: which of them a minimum returns is no one's business */
+    hi += 0.0f;
     const float levels = (float)((1 << s->bits) - 1), zero = (float)(1 << (s->bits - 1)), amax = fabsf(extreme);
     group_scale g = { 0 };
     float d;
@@ -196,6 +202,13 @@ static inline uint8_t code_of(const int_state *s, const group_scale *g, float x)
     }
 }
 
+static inline uint8_t *store_scale(const int_state *s, const group_scale *g, uint8_t *dst)
+{
+    kv_store_u16(dst, g->d);
+    if (s->has_min) kv_store_u16(dst + 2, g->m);
+    return dst + (s->has_min ? 4 : 2);
+}
+
 static uint8_t *encode_group(const int_state *s, const float *x, int n, uint8_t *dst)
 {
     uint8_t code[KV_MAX_PAGE];
@@ -205,11 +218,9 @@ static uint8_t *encode_group(const int_state *s, const float *x, int n, uint8_t 
         if (x[i] > hi) hi = x[i];
         if (fabsf(x[i]) > fabsf(extreme)) extreme = x[i];
     }
-    const group_scale g = scale_of(s, lo + 0.0f, hi, extreme);        /* + 0: a minimum of -0 is stored as 0 */
+    const group_scale g = scale_of(s, lo, hi, extreme);
     for (int i = 0; i < n; i++) code[i] = code_of(s, &g, x[i]);
-    kv_store_u16(dst, g.d);
-    dst += 2;
-    if (s->has_min) { kv_store_u16(dst, g.m); dst += 2; }
+    dst = store_scale(s, &g, dst);
     for (int i = 0; i < n; i += BLOCK) {
         const int m = kv_min(BLOCK, n - i);
         pack(dst, code + i, m, s->bits);
@@ -235,13 +246,23 @@ static const uint8_t *decode_group(const int_state *s, const uint8_t *src, int n
     return src;
 }
 
+#include "int_simd.h"
+
 static void encode_row(const int_state *s, const float *x, uint8_t *dst)
 {
-    for (int i = 0; i < s->cols; i += s->group) dst = encode_group(s, x + i, kv_min(s->group, s->cols - i), dst);
+    const bool simd = kv_cpu_simd() >= KV_SIMD_AVX2;
+    for (int i = 0; i < s->cols; i += s->group) {
+        const int n = kv_min(s->group, s->cols - i);
+        dst = (simd && n % BLOCK == 0 ? encode_group_avx2 : encode_group)(s, x + i, n, dst);
+    }
 }
 static void decode_row(const int_state *s, const uint8_t *src, float *x)
 {
-    for (int i = 0; i < s->cols; i += s->group) src = decode_group(s, src, kv_min(s->group, s->cols - i), x + i);
+    const bool simd = kv_cpu_simd() >= KV_SIMD_AVX2;
+    for (int i = 0; i < s->cols; i += s->group) {
+        const int n = kv_min(s->group, s->cols - i);
+        src = (simd && n % BLOCK == 0 ? decode_group_avx2 : decode_group)(s, src, n, x + i);
+    }
 }
 
 /* ---- pages --------------------------------------------------------------------------------------------------------- */
@@ -253,6 +274,16 @@ static void interleave(const float *x, float *y, int n)
 static void deinterleave(const float *y, float *x, int n)
 {
     for (int i = 0; i < n / 2; i++) x[i] = y[2 * i], x[i + n / 2] = y[2 * i + 1];
+}
+
+/* dst[j*dst_ld + i] = src[i*src_ld + j] for n x m. */
+static void transpose(const float *src, int64_t src_ld, int n, int m, float *dst, int64_t dst_ld)
+{
+    const int m8 = kv_cpu_simd() >= KV_SIMD_AVX2 && n % 8 == 0 ? m / 8 * 8 : 0;
+    for (int i = 0; i < n && m8; i += 8)
+        for (int j = 0; j < m8; j += 8) transpose8(src + i * src_ld + j, src_ld, dst + j * dst_ld + i, dst_ld);
+    for (int i = 0; i < n; i++)
+        for (int j = m8; j < m; j++) dst[j * dst_ld + i] = src[i * src_ld + j];
 }
 
 enum { STRIP = 16 };                                       /* channels transposed at a time: a cache line of each token */
@@ -272,8 +303,7 @@ static void int_encode(const kv_codec *c, uint8_t *page, int tok0, int n, const 
         uint8_t *granule = page + (size_t)((tok0 + t) / s->group) * s->granule_bytes;
         for (int i = 0; i < c->head_dim; i += STRIP) {
             const int m = kv_min(STRIP, c->head_dim - i);
-            for (int k = 0; k < s->group; k++)
-                for (int j = 0; j < m; j++) buf[j * s->group + k] = x[k * ld + i + j];
+            transpose(x + i, ld, s->group, m, buf, s->group);
             for (int j = 0; j < m; j++) encode_row(s, buf + j * s->group, granule + (size_t)(i + j) * s->row_bytes);
         }
     }
@@ -296,8 +326,7 @@ static void int_decode(const kv_codec *c, const uint8_t *page, int tok0, int n, 
         for (int i = 0; i < c->head_dim; i += STRIP) {
             const int w = kv_min(STRIP, c->head_dim - i);
             for (int j = 0; j < w; j++) decode_row(s, granule + (size_t)(i + j) * s->row_bytes, buf + j * s->group);
-            for (int k = 0; k < m; k++)
-                for (int j = 0; j < w; j++) x[k * ld + i + j] = buf[j * s->group + first + k];
+            transpose(buf + first, s->group, w, m, x + i, ld);
         }
         t += m;
         x += m * ld;
@@ -315,26 +344,73 @@ static void int_query(const kv_codec *c, const float *q, int64_t ld, int n_q, vo
     }
 }
 
+#define L(name) name##_avx2
+#define TARGET KV_AVX2
+#define LANES 8
+#include "int_level.h"
+#undef L
+#undef TARGET
+#undef LANES
+
+#define L(name) name##_avx512
+#define TARGET KV_AVX512
+#define LANES 16
+#include "int_level.h"
+#undef L
+#undef TARGET
+#undef LANES
+
+/* The two products of a matrix of rows, for up to SHARE queries.  y[q*y_ld + r] = <x_q, row r>;  y[q*y_ld + col] += sum_r w_q[r] row r.
+ * Plain C, and shapes that the kernels leave out, decode TILE rows and attend to those. */
+static void mat_dot(const int_state *s, const uint8_t *rows, int n_rows, const float *x, int64_t x_ld, int n_q, float *y, int64_t y_ld)
+{
+    const int level = kv_cpu_simd();
+    if (level >= KV_SIMD_AVX2 && s->whole) {
+        (level >= KV_SIMD_AVX512 ? mat_dot_avx512 : mat_dot_avx2)(s, rows, n_rows, x, x_ld, n_q, y, y_ld);
+        return;
+    }
+    float buf[TILE * KV_MAX_PAGE];
+    for (int r = 0; r < n_rows; r += TILE) {
+        const int n = kv_min(TILE, n_rows - r);
+        for (int i = 0; i < n; i++) decode_row(s, rows + (size_t)(r + i) * s->row_bytes, buf + i * s->cols);
+        kv_rows_dot(KV_F32, buf, s->cols, n, s->cols, x, x_ld, n_q, y + r, y_ld);
+    }
+}
+
+static void mat_accumulate(const int_state *s, const uint8_t *rows, int n_rows, const float *w, int64_t w_ld, int n_q, float *y, int64_t y_ld)
+{
+    const int level = kv_cpu_simd();
+    if (level >= KV_SIMD_AVX2 && s->whole) {
+        (level >= KV_SIMD_AVX512 ? mat_accumulate_avx512 : mat_accumulate_avx2)(s, rows, n_rows, w, w_ld, n_q, y, y_ld);
+        return;
+    }
+    float buf[TILE * KV_MAX_PAGE];
+    for (int r = 0; r < n_rows; r += TILE) {
+        const int n = kv_min(TILE, n_rows - r);
+        for (int i = 0; i < n; i++) decode_row(s, rows + (size_t)(r + i) * s->row_bytes, buf + i * s->cols);
+        kv_rows_accumulate(KV_F32, buf, s->cols, n, s->cols, w + r, w_ld, n_q, y, y_ld);
+    }
+}
+
+/* Along tokens the roles change: a granule's scores are sums over its rows (channels) weighted by the query, and its
+ * output channels are dot products of rows with the weights of its tokens. */
 static void int_dot(const kv_codec *c, const uint8_t *page, int n_tokens, const void *prepared, int n_q, float *scores, int64_t ld)
 {
     const int_state *s = state_of(c);
     const int64_t q_ld = (int64_t)(c->query_bytes / sizeof(float));
-    float row[KV_MAX_PAGE];
-    if (!s->along_tokens) {
-        for (int t = 0; t < n_tokens; t++) {
-            decode_row(s, page + (size_t)t * s->row_bytes, row);
-            kv_rows_dot(row, s->cols, 1, s->cols, prepared, q_ld, n_q, scores + t, ld);
-        }
-        return;
-    }
     const float *q = prepared;
-    for (int t = 0; t < n_tokens; t += s->group, page += s->granule_bytes) {
-        const int n = kv_min(s->group, n_tokens - t);
-        for (int g = 0; g < n_q; g++) memset(scores + g * ld + t, 0, (size_t)n * sizeof(float));
-        for (int i = 0; i < c->head_dim; i++) {
-            decode_row(s, page + (size_t)i * s->row_bytes, row);
-            for (int g = 0; g < n_q; g++)
-                for (int k = 0; k < n; k++) scores[g * ld + t + k] += q[g * q_ld + i] * row[k];
+    for (int n; n_q > 0; n_q -= n, q += n * q_ld, scores += n * ld) {
+        n = kv_min(n_q, SHARE);
+        if (!s->along_tokens) {
+            mat_dot(s, page, n_tokens, q, q_ld, n, scores, ld);
+            continue;
+        }
+        float buf[SHARE * KV_MAX_PAGE];
+        for (int t = 0; t < n_tokens; t += s->group) {
+            const int m = kv_min(s->group, n_tokens - t);
+            memset(buf, 0, (size_t)n * s->group * sizeof(float));
+            mat_accumulate(s, page + (size_t)(t / s->group) * s->granule_bytes, c->head_dim, q, q_ld, n, buf, s->group);
+            for (int g = 0; g < n; g++) memcpy(scores + g * ld + t, buf + g * s->group, (size_t)m * sizeof(float));
         }
     }
 }
@@ -342,23 +418,21 @@ static void int_dot(const kv_codec *c, const uint8_t *page, int n_tokens, const 
 static void int_accumulate(const kv_codec *c, const uint8_t *page, int n_tokens, const float *p, int64_t ld, int n_q, float *acc)
 {
     const int_state *s = state_of(c);
-    float row[KV_MAX_PAGE];
-    if (!s->along_tokens) {
-        for (int t = 0; t < n_tokens; t++) {
-            decode_row(s, page + (size_t)t * s->row_bytes, row);
-            kv_rows_accumulate(row, s->cols, 1, s->cols, p + t, ld, n_q, acc, c->space_dim);
+    for (int n; n_q > 0; n_q -= n, p += n * ld, acc += n * c->space_dim) {
+        n = kv_min(n_q, SHARE);
+        if (!s->along_tokens) {
+            mat_accumulate(s, page, n_tokens, p, ld, n, acc, c->space_dim);
+            continue;
         }
-        return;
-    }
-    for (int t = 0; t < n_tokens; t += s->group, page += s->granule_bytes) {
-        const int n = kv_min(s->group, n_tokens - t);
-        for (int i = 0; i < c->head_dim; i++) {
-            decode_row(s, page + (size_t)i * s->row_bytes, row);
-            for (int g = 0; g < n_q; g++) {
-                float sum;
-                kv_rows_dot(row, n, 1, n, p + g * ld + t, ld, 1, &sum, 1);
-                acc[(size_t)g * c->space_dim + i] += sum;
+        float w[SHARE * KV_MAX_PAGE], y[SHARE * KV_MAX_HEAD_DIM];
+        for (int t = 0; t < n_tokens; t += s->group) {
+            const int m = kv_min(s->group, n_tokens - t);
+            for (int g = 0; g < n; g++) {
+                memcpy(w + g * s->group, p + g * ld + t, (size_t)m * sizeof(float));
+                memset(w + g * s->group + m, 0, (size_t)(s->group - m) * sizeof(float));
             }
+            mat_dot(s, page + (size_t)(t / s->group) * s->granule_bytes, c->head_dim, w, s->group, n, y, c->head_dim);
+            for (int i = 0; i < n * c->head_dim; i++) acc[i] += y[i];
         }
     }
 }

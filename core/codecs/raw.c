@@ -7,18 +7,18 @@
 #include "../codec.h"
 
 enum { P_DTYPE };
-enum { F16, F32, BF16 };                                   /* order of the choices */
 
+/* The choices stand in the order of KV_F32, KV_F16, KV_BF16. */
 static const kv_param params[] = {
-    { "dtype", "storage of one element", KV_PARAM_CHOICE, F16, 0, 2, "f16|f32|bf16" },
+    { "dtype", "storage of one element", KV_PARAM_CHOICE, KV_F16, 0, 2, "f32|f16|bf16" },
 };
 
-static inline int raw_dtype(const kv_codec *c) { return (int)c->value[P_DTYPE]; }
-static inline size_t elem(const kv_codec *c) { return raw_dtype(c) == F32 ? 4 : 2; }
+static inline int raw_type(const kv_codec *c) { return (int)c->value[P_DTYPE]; }
+static inline size_t elem(const kv_codec *c) { return raw_type(c) == KV_F32 ? 4 : 2; }
 
 static int raw_init(kv_codec *c)
 {
-    if (raw_dtype(c) != F32) c->caps &= ~KV_CAP_LOSSLESS;
+    if (raw_type(c) != KV_F32) c->caps &= ~KV_CAP_LOSSLESS;
     c->granule = 1;
     c->page.codes = (double)elem(c) * c->head_dim * c->page_tokens;
     c->bits_nominal = 8.0 * (double)elem(c);
@@ -40,24 +40,24 @@ static inline uint16_t narrow_bf16(float x)
 
 static void raw_encode(const kv_codec *c, uint8_t *page, int tok0, int n, const float *x, int64_t ld)
 {
-    const int dim = c->head_dim, type = raw_dtype(c);
+    const int dim = c->head_dim, type = raw_type(c);
     const size_t row = elem(c) * (size_t)dim;
     for (int t = 0; t < n; t++, x += ld) {
         uint8_t *dst = page + (size_t)(tok0 + t) * row;
-        if (type == F32) memcpy(dst, x, row);
-        else if (type == F16) for (int i = 0; i < dim; i++) kv_store_u16(dst + 2 * i, narrow_f16(x[i]));
+        if (type == KV_F32) memcpy(dst, x, row);
+        else if (type == KV_F16) for (int i = 0; i < dim; i++) kv_store_u16(dst + 2 * i, narrow_f16(x[i]));
         else for (int i = 0; i < dim; i++) kv_store_u16(dst + 2 * i, narrow_bf16(x[i]));
     }
 }
 
 static void raw_decode(const kv_codec *c, const uint8_t *page, int tok0, int n, float *x, int64_t ld)
 {
-    const int dim = c->head_dim, type = raw_dtype(c);
+    const int dim = c->head_dim, type = raw_type(c);
     const size_t row = elem(c) * (size_t)dim;
     for (int t = 0; t < n; t++, x += ld) {
         const uint8_t *src = page + (size_t)(tok0 + t) * row;
-        if (type == F32) memcpy(x, src, row);
-        else if (type == F16) for (int i = 0; i < dim; i++) x[i] = kv_f16_to_f32(kv_load_u16(src + 2 * i));
+        if (type == KV_F32) memcpy(x, src, row);
+        else if (type == KV_F16) for (int i = 0; i < dim; i++) x[i] = kv_f16_to_f32(kv_load_u16(src + 2 * i));
         else for (int i = 0; i < dim; i++) x[i] = kv_bf16_to_f32(kv_load_u16(src + 2 * i));
     }
 }
@@ -70,24 +70,12 @@ static void raw_query(const kv_codec *c, const float *q, int64_t ld, int n_q, vo
 
 static void raw_dot(const kv_codec *c, const uint8_t *page, int n_tokens, const void *prepared, int n_q, float *scores, int64_t ld)
 {
-    enum { TILE = 16 };
-    float x[TILE * KV_MAX_HEAD_DIM];
-    for (int t = 0; t < n_tokens; t += TILE) {
-        const int n = kv_min(TILE, n_tokens - t);
-        raw_decode(c, page, t, n, x, c->head_dim);
-        kv_rows_dot(x, c->head_dim, n, c->head_dim, prepared, (int64_t)(c->query_bytes / sizeof(float)), n_q, scores + t, ld);
-    }
+    kv_rows_dot(raw_type(c), page, c->head_dim, n_tokens, c->head_dim, prepared, (int64_t)(c->query_bytes / sizeof(float)), n_q, scores, ld);
 }
 
 static void raw_accumulate(const kv_codec *c, const uint8_t *page, int n_tokens, const float *p, int64_t ld, int n_q, float *acc)
 {
-    enum { TILE = 16 };
-    float x[TILE * KV_MAX_HEAD_DIM];
-    for (int t = 0; t < n_tokens; t += TILE) {
-        const int n = kv_min(TILE, n_tokens - t);
-        raw_decode(c, page, t, n, x, c->head_dim);
-        kv_rows_accumulate(x, c->head_dim, n, c->head_dim, p + t, ld, n_q, acc, c->head_dim);
-    }
+    kv_rows_accumulate(raw_type(c), page, c->head_dim, n_tokens, c->head_dim, p, ld, n_q, acc, c->head_dim);
 }
 
 static void raw_output(const kv_codec *c, const float *acc, int n_q, float *out, int64_t ld)
@@ -97,8 +85,8 @@ static void raw_output(const kv_codec *c, const float *acc, int n_q, float *out,
 
 static int raw_fit_bits(kv_codec *c, double target)
 {
-    if (target >= 24) c->value[P_DTYPE] = F32;
-    else if (raw_dtype(c) == F32) c->value[P_DTYPE] = F16;
+    if (target >= 24) c->value[P_DTYPE] = KV_F32;
+    else if (raw_type(c) == KV_F32) c->value[P_DTYPE] = KV_F16;
     return KV_OK;
 }
 
