@@ -3,12 +3,14 @@
  * The ledger is made from the allocations a sequence keeps between steps:
  *   codes, scales, outliers, padding   pages, by their codec's page ledger, for the tokens encoded so far
  *   exact                              rows of sinks and tail in use
- *   slack                              page slots and rows allocated and not in use
+ *   slack                              page slots and rows allocated and not in use, and rounding to 64-byte blocks
  *   state                              page tables and the books of each layer and side; the cache's own only in the grand total
  *   shared                             means: they belong to the plan, and every sequence of it shares them
  * Working memory is not the sequence's and not counted: a chunk's is gone after its commit, the token path's is a fixed few
  * pages a thread, and the page angles depend on the geometry alone. */
 #include "cache_impl.h"
+
+static double block(double n_bytes) { return n_bytes > 0 ? (double)kv_round_up((size_t)n_bytes, 64) : 0; }      /* as kv_alloc rounds */
 
 static void add_store(const kv_cache *c, int layer, int head, int side, kv_bytes *b)
 {
@@ -25,11 +27,11 @@ static void add_store(const kv_cache *c, int layer, int head, int side, kv_bytes
     b->padding += used * p->padding;
     b->state += used * p->state;
     b->slack += used * p->slack + (n_pages - used) * page_bytes;
-    const double sinks = st->sink ? kv_min(c->n_tokens, st->sink_rows) : 0, sink_rows = st->sink ? st->sink_rows : 0;
-    const double tail = kv_min(st->tail_rows, kv_max(0, c->n_tokens - sink - st->n_encoded));
-    b->exact += row * (sinks + tail);
-    b->slack += row * (sink_rows - sinks + st->tail_rows - tail);
-    b->state += (double)sizeof *st + (double)st->cap_pages * (double)sizeof *st->page;
+    const double sinks = st->sink ? row * kv_min(c->n_tokens, st->sink_rows) : 0, sink_block = st->sink ? block(row * st->sink_rows) : 0;
+    const double tail = row * kv_min(st->tail_rows, kv_max(0, c->n_tokens - sink - st->n_encoded));
+    b->exact += sinks + tail;
+    b->slack += sink_block - sinks + block(row * st->tail_rows) - tail;
+    b->state += (double)sizeof *st + block((double)st->cap_pages * (double)sizeof *st->page);
     if (slot->mean) b->shared += (double)c->geo.head_dim * (double)sizeof(float);
 }
 
@@ -43,7 +45,10 @@ int kv_cache_bytes(const kv_cache *c, int layer, int side, kv_bytes *out)
         for (int h = 0; h < c->geo.n_kv_heads; h++)
             for (int s = 0; s < 2; s++)
                 if (side < 0 || side == s) add_store(c, l, h, s, &b);
-    if (layer < 0 && side < 0) b.state += (double)sizeof *c + (double)c->geo.n_layers * (double)(sizeof *c->pending + sizeof *c->turn);
+    if (layer < 0 && side < 0) {
+        const double n = c->geo.n_layers, stores = n * c->geo.n_kv_heads * 2 * (double)sizeof *c->store;
+        b.state += block((double)sizeof *c) + block(n * (double)sizeof *c->pending) + block(n * (double)sizeof *c->turn) + block(stores) - stores;
+    }
     b.total = b.codes + b.scales + b.outliers + b.exact + b.padding + b.slack + b.state + b.shared;
     *out = b;
     return KV_OK;
