@@ -7,7 +7,11 @@
 #include <unistd.h>
 #include "internal.h"
 
-enum { MAX_THREADS = 64, SPIN = 20000 /* about 50 us of pause: longer than the gap between two regions of a token */ };
+enum {
+    MAX_THREADS = 64,
+    PATIENCE = 2000,                          /* pauses before the core is offered to others: some 40 us, a region's usual imbalance */
+    SPIN = 4000                               /* pauses and offers before a worker sleeps: longer than the gap between two regions of a token */
+};
 
 static struct pool {
     pthread_mutex_t lock, user;               /* lock: sleeping; user: one region at a time */
@@ -40,7 +44,8 @@ static void *worker(void *arg)
     for (;;) {
         int spin = 0;
         while (atomic_load_explicit(&pool.generation, memory_order_acquire) == seen) {
-            if (++spin < SPIN) { relax(); continue; }
+            if (++spin < PATIENCE) { relax(); continue; }
+            if (spin < SPIN) { sched_yield(); continue; }
             pthread_mutex_lock(&pool.lock);
             atomic_fetch_add(&pool.sleepers, 1);
             while (atomic_load(&pool.generation) == seen) pthread_cond_wait(&pool.wake, &pool.lock);
@@ -136,6 +141,8 @@ void kv_parallel(int n_tasks, kv_task_fn fn, void *ctx)
     atomic_store_explicit(&pool.busy, pool.n_workers, memory_order_relaxed);
     publish();
     run_tasks(0);
-    while (atomic_load_explicit(&pool.busy, memory_order_acquire)) relax();
+    for (int spin = 0; atomic_load_explicit(&pool.busy, memory_order_acquire);)
+        if (++spin < PATIENCE) relax();
+        else sched_yield();                   /* a worker lost its core to another process: do not keep this one from it */
     pthread_mutex_unlock(&pool.user);
 }
