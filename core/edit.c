@@ -101,17 +101,28 @@ static int open_history(void)
     return KV_OK;
 }
 
+/* libedit's emacs keys take U+0080 to U+00FF for Meta keys; the letters among them are to be typed. */
+static void bind_latin(void)
+{
+    el_set(ed.el, EL_EDITOR, "emacs");
+    for (int c = 0xA0; c <= 0xFF; c++) {
+        const char key[3] = { (char)(0xC0 | c >> 6), (char)(0x80 | (c & 0x3F)), '\0' };
+        el_set(ed.el, EL_BIND, key, "ed-insert", NULL);
+    }
+}
+
 static int open_editor(void)
 {
     FORWARD_IF_ERROR(open_history());
     if (ed.el) return KV_OK;
-    if (!ed.locale && !(ed.locale = newlocale(LC_CTYPE_MASK, "", (locale_t)0))) ed.locale = newlocale(LC_CTYPE_MASK, "C.UTF-8", (locale_t)0);
+    if (!ed.locale) ed.locale = newlocale(LC_CTYPE_MASK, "C.UTF-8", (locale_t)0);     /* texts here are UTF-8, whatever LC_ALL says */
+    if (!ed.locale) ed.locale = newlocale(LC_CTYPE_MASK, "", (locale_t)0);
     const locale_t before = ed.locale ? uselocale(ed.locale) : (locale_t)0;
     ed.el = el_init("kelvin", stdin, stdout, stderr);
+    if (ed.el) bind_latin();
     if (before) uselocale(before);
     RETURN_ERROR_IF(!ed.el, KV_E_UNSUPPORTED, "line editor: libedit cannot use this terminal (TERM=%s)", getenv("TERM") ? getenv("TERM") : "");
     el_set(ed.el, EL_PROMPT, prompt_text);
-    el_set(ed.el, EL_EDITOR, "emacs");
     el_set(ed.el, EL_HIST, history, ed.history);
     el_set(ed.el, EL_SETTY, "-d", "-isig", NULL);
     el_set(ed.el, EL_ADDFN, "kelvin-interrupt", "Give the line up", on_interrupt_key);
