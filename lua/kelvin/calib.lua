@@ -78,17 +78,15 @@ function Calib.__index:stats()
   return self._stats
 end
 
-local function side_figures(t, means, skip)
-  local shape = t:shape()
-  local heads, tokens, dim = shape[1], shape[2], shape[3]
-  local x = t:_data()
+local function side_figures(session, l, side, means, skip)
+  local heads, dim, tokens = #means, session.model.head_dim, session.n_tokens
   local energy, centred, channel = 0, 0, {}
-  for h = 0, heads - 1 do
-    local mean = means[h + 1]:_data()
+  for h = 1, heads do
+    local x, mean = session:read { layer = l, head = h, side = side }:_data(), means[h]:_data()
     for d = 0, dim - 1 do
       local sum = 0
       for n = skip, tokens - 1 do
-        local v = x[(h * tokens + n) * dim + d]
+        local v = x[n * dim + d]
         sum, centred = sum + v * v, centred + (v - mean[d]) ^ 2
       end
       energy = energy + sum
@@ -103,12 +101,13 @@ end
 local function layer_stats(stats, l)
   local c = stats.calib
   check.that(type(l) == "number" and l >= 1 and l <= c.model.n_layers, "stats: layer %s is outside 1..%d", tostring(l), c.model.n_layers)
-  local taps = c.model:tap { tokens = c.first_chunk, layer = l }
+  -- One pass over the first chunk with an exact cache, whose rows are what is measured.
+  stats.session = stats.session or c.model:session { max_tokens = #c.first_chunk }:feed(c.first_chunk, { logits = "none" })
   local out = {}
   for _, side in ipairs { "k", "v" } do
     local means = {}
     for h = 1, c.model.n_kv_heads do means[h] = c:mean(side, l, h) end
-    out[side] = side_figures(taps[side], means, math.min(c.skip, #c.first_chunk - 1))
+    out[side] = side_figures(stats.session, l, side, means, math.min(c.skip, #c.first_chunk - 1))
   end
   return out
 end
@@ -132,6 +131,7 @@ end
 
 function Stats.__index(self, key)
   if type(key) ~= "number" then return stats_methods[key] end
+  if key % 1 ~= 0 then return nil end
   local s = self.layers[key] or layer_stats(self, key)
   self.layers[key] = s
   return s

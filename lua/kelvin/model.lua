@@ -62,7 +62,7 @@ function M.open(name)
   local info = ffi.new "kv_model_info[1]"
   check(C.kv_model_get_info(m, info))
   local i = info[0]
-  local self = { _m = m, path = path, name = path == name and name:match "([^/]+)$" or name, title = text(i.name), arch = text(i.arch), weight_type = text(i.weight_type),
+  local self = { _m = m, path = path, name = path == name and name:match "([^/]+)$":gsub("%.gguf$", "") or name, title = text(i.name), arch = text(i.arch), weight_type = text(i.weight_type),
     tokenizer = text(i.tokenizer), chat_template = text(i.chat_template), has_kv_bias = i.has_kv_bias ~= 0, add_bos = i.add_bos ~= 0 }
   for _, f in ipairs { "n_layers", "n_heads", "n_kv_heads", "head_dim", "n_embd", "n_ff", "n_vocab", "n_ctx_train", "n_rot", "bos", "eos",
     "file_bytes", "n_params", "weight_bytes", "rope_base", "norm_eps" } do self[f] = i[f] end

@@ -17,12 +17,15 @@ Repl.__index = Repl
 
 local function is_name(s) return type(s) == "string" and s:match "^[%a_][%w_]*$" end
 
+local kinds = { number = 1, string = 2 }
 local function sorted_keys(t)
   local keys = {}
   for k in pairs(t) do keys[#keys + 1] = k end
   table.sort(keys, function(a, b)
-    if type(a) == type(b) and (type(a) == "number" or type(a) == "string") then return a < b end
-    return type(a) < type(b)
+    local x, y = kinds[type(a)] or 3, kinds[type(b)] or 3
+    if x ~= y then return x < y end
+    if x < 3 then return a < b end
+    return tostring(a) < tostring(b)
   end)
   return keys
 end
@@ -100,7 +103,9 @@ function Repl:help(name)
   if name == "" then return self.write(help.overview() .. "\n") end
   local text = help.text(name)
   if not text then
-    local near = require("kelvin.check").near(name, help.names())
+    local names = {}
+    for i, topic in ipairs(help.names()) do names[2 * i - 1], names[2 * i] = topic, topic:match "[%w_]+$" end
+    local near = require("kelvin.check").near(name, names)
     text = ("no help for '%s'%s"):format(name, #near > 0 and "; near: " .. table.concat(near, ", ") or "; ? lists what there is")
   end
   self.write(text .. "\n")

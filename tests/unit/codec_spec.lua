@@ -1,0 +1,134 @@
+local H = require "helper"
+local kv = H.kv
+
+describe("kv.codec", function()
+  it("refuses a wrong name, parameter or value in one line that says what is allowed", function()
+    assert.are.equal("codec 'int': bits=9 is outside 1..8", H.fails(kv.codec, "int", { bits = 9 }))
+    assert.are.equal("codec 'int': bits=2.5 is not a whole number", H.fails(kv.codec, "int", { bits = 2.5 }))
+    assert.are.equal("codec 'int': axis=up is none of dim, token", H.fails(kv.codec, "int", { axis = "up" }))
+    assert.matches("^codec 'int': unknown parameter 'bit'; allowed: bits, group, axis", H.fails(kv.codec, "int", { bit = 3 }))
+    assert.matches("^codec 'turbquant%-4' is unknown; near: turboquant%-4", H.fails(kv.codec, "turbquant-4"))
+    assert.matches("^codec 'xyzzy' is unknown; known: ", H.fails(kv.codec, "xyzzy"))
+    assert.are.equal("kv.codec: name is a number, a string is needed", H.fails(kv.codec, 3))
+  end)
+
+  it("points at the script's own line", function()
+    local f = loadstring("local kv = ...\n\nkv.codec('int', { bits = 9 })", "@script.lua")
+    local ok, err = pcall(f, kv)
+    assert.is_false(ok)
+    assert.are.equal("script.lua:3: codec 'int': bits=9 is outside 1..8", err)
+  end)
+
+  it("leaves combinations to C, whose message it passes on", function()
+    local c = kv.codec("int", { group = 12 })
+    assert.matches("codec 'int': group=12 is not a multiple of 8", H.fails(c.encode, c, kv.tensor.zeros { 1, 8, 64 }))
+  end)
+
+  it("knows the presets that the literature names", function()
+    local bits = { f32 = 32, f16 = 16, bf16 = 16, q8_0 = 8.5, q5_1 = 6, q5_0 = 5.5, q4_1 = 5, q4_0 = 4.5, ["kivi-2"] = 3, ["kivi-4"] = 5,
+      ["turboquant-2"] = 2.25, ["turboquant-3"] = 3.25, ["turboquant-4"] = 4.25 }
+    for name, want in pairs(bits) do
+      for _, side in ipairs { "k", "v" } do
+        H.close(kv.codec(name):info_for(64, 64, side).bits_payload, want, 1e-9, name .. " " .. side)
+      end
+    end
+  end)
+
+  it("sets up keys and values apart where a preset says so", function()
+    local c = kv.codec "kivi-2"
+    assert.are.equal(32, c:info_for(64, 64, "k").granule)
+    assert.are.equal(1, c:info_for(64, 64, "v").granule)
+    assert.matches("axis=token", c:info_for(64, 64, "k").params)
+  end)
+
+  it("takes parameters over a preset's", function()
+    assert.are.equal(3, kv.codec("turboquant", { bits = 3 }):value "bits")
+    assert.are.equal(2, kv.codec("turboquant-4"):with({ bits = 2 }):value "bits")
+  end)
+
+  it("round-trips every family and preset to a finite tensor of the same shape", function()
+    local t = kv.tensor.randn { 2, 64, 64, seed = 11 }
+    for _, name in ipairs(require("kelvin.codec").names()) do
+      for _, side in ipairs { "k", "v" } do
+        local r = kv.codec(name):roundtrip(t, { side = side })
+        assert.are.same({ 2, 64, 64 }, r:shape())
+        assert.are.equal(0, r:stats().n_nonfinite, name)
+        assert.is_true(r.bits.bits > 0.9 and r.bits.bits < 33, name)
+      end
+    end
+    assert.are.equal(0, kv.compare(t, kv.codec("f32"):roundtrip(t)).rel_mse)
+  end)
+
+  it("takes rows alone as one head", function()
+    local t = kv.tensor.randn { 64, 64, seed = 12 }
+    assert.are.same({ 64, 64 }, kv.codec("q8_0"):roundtrip(t):shape())
+  end)
+
+  it("refuses NaN", function()
+    local t = kv.tensor.zeros { 1, 4, 64 }
+    t:set(1, 2, 3, 0 / 0)
+    H.fails(function() kv.codec("q8_0"):encode(t) end)
+  end)
+
+  it("dots and accumulates on codes as decoding would", function()
+    local x, q, p = kv.tensor.randn { 2, 128, 64, seed = 1 }, kv.tensor.randn { 2, 3, 64, seed = 2 }, kv.tensor.uniform { 2, 3, 128, seed = 3 }
+    for _, name in ipairs { "f16", "q8_0", "q4_0", "kivi-2", "turboquant-3" } do
+      local b = kv.codec(name):encode(x)
+      local scores, y = b:dot(q):totable(), b:decode():totable()
+      local want = 0
+      for d = 1, 64 do want = want + q:get(2, 3, d) * y[2][77][d] end
+      H.close(scores[2][3][77], want, 2e-3, name)
+      local v = kv.codec(name):encode(x, { side = "v" })
+      local out, z = v:accumulate(p), v:decode():totable()
+      local sum = 0
+      for t = 1, 128 do sum = sum + p:get(1, 2, t) * z[1][t][9] end
+      H.close(out:get(1, 2, 9), sum, 5e-3, name)
+    end
+  end)
+
+  it("decodes part of a block as that part of the whole", function()
+    local b = kv.codec("kivi-2"):encode(kv.tensor.randn { 2, 100, 64, seed = 4 })
+    assert.are.same(b:decode():slice(2, 33, 70):totable(), b:decode(33, 70):totable())
+    assert.matches("tokens 90..101 are outside 1..100", H.fails(b.decode, b, 90, 101))
+  end)
+
+  it("fits bits to a target", function()
+    local c = kv.codec("turboquant"):fit_bits(3.3)
+    assert.are.equal(3, c:value "bits")
+  end)
+
+  it("prints one informative line, and a list", function()
+    assert.matches("^codec q4_0: int%(bits=4,.*4.5 bits/elem at d=64", tostring(kv.codec "q4_0"))
+    assert.matches("CONTROL", tostring(kv.codec "canary"))
+    assert.is_nil(tostring(kv.codec "kivi-2"):find "\n")
+    assert.matches("\n  q4_0 +preset +int ", tostring(kv.codecs()))
+    assert.matches("source: KIVI", tostring(kv.codecs "kivi-2"))
+  end)
+end)
+
+describe("kv.codec.parse_arm", function()
+  local parse = kv.codec.parse_arm
+
+  it("reads one codec for both sides, with parameters", function()
+    local a = parse "turboquant-4:norm=lsq"
+    assert.are.same({ "turboquant-4", norm = "lsq" }, a.k)
+    assert.are.same(a.k, a.v)
+    assert.are.equal("turboquant-4:norm=lsq", a.name)
+  end)
+
+  it("reads everything that an arm can say", function()
+    local a = parse "k=turboquant-4,v=turboquant-3,mean=both,sink=4,recent=32,page_rope=k,page_tokens=128,exact=f32,seed=7,k.norm=lsq,name=best"
+    assert.are.same({ k = { "turboquant-4", norm = "lsq" }, v = { "turboquant-3" }, mean = "both", sink = 4, recent = 32, page_rope = "k", page_tokens = 128, exact = "f32",
+      seed = 7, name = "best" }, a)
+  end)
+
+  it("names what is wrong and what is allowed", function()
+    assert.are.equal("arm 'k=q4_0': no codec for v; write v=CODEC, or one CODEC for both sides", H.fails(parse, "k=q4_0"))
+    assert.matches("^arm 'q4_0,snk=4': unknown key 'snk'; allowed: k, v, ", H.fails(parse, "q4_0,snk=4"))
+    assert.are.equal("arm 'q4_0,sink=-1': sink=-1 is not a whole number from 0", H.fails(parse, "q4_0,sink=-1"))
+    assert.are.equal("arm 'q4_0,mean=all': mean=all is none of both, k, v, bias, none", H.fails(parse, "q4_0,mean=all"))
+    assert.matches("codec 'q5' is unknown", H.fails(parse, "q5"))
+    assert.matches("bits=12 is outside 1..8", H.fails(parse, "int:bits=12"))
+    assert.matches("comes after a codec", H.fails(parse, "q4_0,q8_0"))
+  end)
+end)
