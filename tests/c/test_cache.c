@@ -216,6 +216,7 @@ static void visibility(const choice *ch, int page, int sink, int recent, int win
     must(kv_cache_new(&b, &s.g, p, N));
     kv_plan_free(p);
     kv_cache_path(a, ch->path);
+    kv_cache_path(b, ch->path);
     double ref = 0;
     for (int t = 0; t < N; t++) {
         must(feed(a, &s, &x, t, t + 1, softcap, stream));
