@@ -5,6 +5,7 @@
  * Narrowing rounds to nearest even.  Values past the type's range become its largest finite value: a cache must not
  * turn a large number into inf. */
 #include "../codec.h"
+#include "../vecmath.h"
 
 enum { P_DTYPE };
 
@@ -27,39 +28,30 @@ static int raw_init(kv_codec *c)
     return KV_OK;
 }
 
-static inline uint16_t narrow_f16(float x)
-{
-    const uint16_t h = kv_f32_to_f16(x);
-    return (h & 0x7fff) == 0x7c00 ? (uint16_t)(h - 1) : h;
-}
-static inline uint16_t narrow_bf16(float x)
-{
-    const uint16_t h = kv_f32_to_bf16(x);
-    return (h & 0x7fff) == 0x7f80 ? (uint16_t)(h - 1) : h;
-}
-
 static void raw_encode(const kv_codec *c, uint8_t *page, int tok0, int n, const float *x, int64_t ld)
 {
     const int dim = c->head_dim, type = raw_type(c);
+    const uint32_t top = type == KV_F16 ? 0x477fe000u : 0x7f7f0000u;    /* 65504; the largest bf16 */
     const size_t row = elem(c) * (size_t)dim;
+    float buf[KV_MAX_HEAD_DIM];
     for (int t = 0; t < n; t++, x += ld) {
-        uint8_t *dst = page + (size_t)(tok0 + t) * row;
-        if (type == KV_F32) memcpy(dst, x, row);
-        else if (type == KV_F16) for (int i = 0; i < dim; i++) kv_store_u16(dst + 2 * i, narrow_f16(x[i]));
-        else for (int i = 0; i < dim; i++) kv_store_u16(dst + 2 * i, narrow_bf16(x[i]));
+        const float *src = x;
+        if (type != KV_F32 && kv_vec_abs_bits(x, dim) > top) {
+            const float most = kv_bits_f32(top);
+            for (int i = 0; i < dim; i++) buf[i] = x[i] > most ? most : x[i] < -most ? -most : x[i];
+            src = buf;
+        }
+        kv_vec_store(type, src, page + (size_t)(tok0 + t) * row, dim);
     }
 }
 
 static void raw_decode(const kv_codec *c, const uint8_t *page, int tok0, int n, float *x, int64_t ld)
 {
-    const int dim = c->head_dim, type = raw_type(c);
+    const int dim = c->head_dim;
     const size_t row = elem(c) * (size_t)dim;
-    for (int t = 0; t < n; t++, x += ld) {
-        const uint8_t *src = page + (size_t)(tok0 + t) * row;
-        if (type == KV_F32) memcpy(x, src, row);
-        else if (type == KV_F16) for (int i = 0; i < dim; i++) x[i] = kv_f16_to_f32(kv_load_u16(src + 2 * i));
-        else for (int i = 0; i < dim; i++) x[i] = kv_bf16_to_f32(kv_load_u16(src + 2 * i));
-    }
+    page += (size_t)tok0 * row;
+    if (ld == dim) kv_vec_load(raw_type(c), page, x, (int64_t)n * dim);
+    else for (int t = 0; t < n; t++, x += ld, page += row) kv_vec_load(raw_type(c), page, x, dim);
 }
 
 static void raw_query(const kv_codec *c, const float *q, int64_t ld, int n_q, void *prepared)
