@@ -92,9 +92,9 @@ static int set_codebook(kv_codec *c, scalar_state *s)
     }
     for (int i = 0; i < 256; i++) s->fixed[i] = (int16_t)rint(g[i % s->levels] * grid);
     s->unit = (float)(shrink / grid);
-    for (int i = 0; i < 16; i++) {
-        s->byte_lo[i] = (uint8_t)(s->fixed[i] & 255);
-        s->byte_hi[i] = (uint8_t)((uint16_t)s->fixed[i] >> 8);
+    for (int i = 0; i < 256; i++) {
+        s->byte_lo[i / 16][i % 16] = (uint8_t)(s->fixed[i] & 255);
+        s->byte_hi[i / 16][i % 16] = (uint8_t)((uint16_t)s->fixed[i] >> 8);
     }
     return KV_OK;
 }

@@ -23,7 +23,7 @@ extern const scalar_field scalar_fields[4][8][2];      /* [bits - 1][slot][]; wi
 typedef struct scalar_state {
     _Alignas(64) float centroid[256], bound[256];      /* of unit vectors; bound[i] between i and i+1; past the last +inf */
     _Alignas(64) int16_t fixed[256];                   /* centroid / unit; repeated to the end, so bits above a code may be junk */
-    uint8_t      byte_lo[16], byte_hi[16];             /* of fixed[0..15], for byte shuffles */
+    _Alignas(64) uint8_t byte_lo[16][16], byte_hi[16][16];   /* of fixed, for byte shuffles */
     float        unit;
     int          bits, levels, rotation, norm, n_planes, n_tiles;
     scalar_plane plane[2];                             /* the low 4 bits (or all); what is above */

@@ -4,8 +4,8 @@
  * centroids, two unpacks join them.  The first unpack then holds lanes 0-1 of each 128-bit half with all 4 elements, the second
  * lanes 2-3: 64-bit broadcasts of 4 weights, vpmaddwd, and one horizontal add at the very end put 8 lanes in order. */
 #include <immintrin.h>
-#include <math.h>
 #include "scalar.h"
+#include "scalar_x86.h"
 
 #define INLINE KV_AVX2 static inline __attribute__((always_inline))
 
@@ -23,28 +23,21 @@ INLINE __m256i slot_of_plane(const int bits, const uint8_t *at, const int slot)
     return _mm256_or_si256(low, _mm256_and_si256(_mm256_srli_epi16(load(at + 64), slot == 6 ? 4 : 5), _mm256_set1_epi8(4)));
 }
 
-#define CHUNK_QUADS(bits) ((bits) == 4 ? 2 : (bits) == 2 ? 4 : 8)
-#define CHUNK_BYTES(bits) ((bits) == 3 ? 192 : 64)
-/* A unit: the fewest quads that are whole chunks of both planes. */
-#define UNIT_QUADS(bits) ((bits) <= 4 ? CHUNK_QUADS(bits) : CHUNK_QUADS((bits) - 4))
-
-/* Past 4 bits a byte shuffle does not reach the table: 32 plain loads, shared by the queries. */
+/* A byte shuffle reaches 16 centroids.  Beyond 4 bits every 16 of them take their turn: code - 16k, plus 0x70 with
+ * saturation, keeps bit 7 clear for this table's codes alone, and the shuffle answers 0 to the others. */
 INLINE void lookup(const int bits, const scalar_state *s, __m256i i, __m256i *a, __m256i *b)
 {
-    if (bits <= 4) {
-        const __m256i lo = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)s->byte_lo)), i);
-        const __m256i hi = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)s->byte_hi)), i);
-        *a = _mm256_unpacklo_epi8(lo, hi);
-        *b = _mm256_unpackhi_epi8(lo, hi);
-        return;
+    __m256i lo = _mm256_setzero_si256(), hi = lo;
+    if (bits > 4) i = _mm256_and_si256(i, _mm256_set1_epi8((char)((1 << bits) - 1)));
+    for (int k = 0; k < (bits <= 4 ? 1 : 1 << (bits - 4)); k++) {
+        const __m256i lo_table = _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i *)s->byte_lo[k]));
+        const __m256i hi_table = _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i *)s->byte_hi[k]));
+        const __m256i at = bits <= 4 ? i : _mm256_adds_epu8(_mm256_sub_epi8(i, _mm256_set1_epi8((char)(16 * k))), _mm256_set1_epi8(0x70));
+        lo = bits <= 4 ? _mm256_shuffle_epi8(lo_table, at) : _mm256_or_si256(lo, _mm256_shuffle_epi8(lo_table, at));
+        hi = bits <= 4 ? _mm256_shuffle_epi8(hi_table, at) : _mm256_or_si256(hi, _mm256_shuffle_epi8(hi_table, at));
     }
-    _Alignas(32) uint8_t at[32];
-    _Alignas(32) int16_t value[32];
-    _mm256_store_si256((__m256i *)at, i);
-    for (int k = 0; k < 32; k++) value[k] = s->fixed[at[k]];
-    const __m256i x = _mm256_load_si256((const __m256i *)value), y = _mm256_load_si256((const __m256i *)(value + 16));
-    *a = _mm256_permute2x128_si256(x, y, 0x20);
-    *b = _mm256_permute2x128_si256(x, y, 0x31);
+    *a = _mm256_unpacklo_epi8(lo, hi);
+    *b = _mm256_unpackhi_epi8(lo, hi);
 }
 
 typedef struct sums { __m256i s[SCALAR_QUERIES][2]; } sums;
@@ -118,52 +111,44 @@ INLINE void dot_block(const int bits, const int g, const kv_codec *c, const uint
 
 /* ---- values */
 
-INLINE float fold_max(__m256 v)
-{
-    __m128 m = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-    m = _mm_max_ps(m, _mm_movehl_ps(m, m));
-    return _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
-}
-
-INLINE float fold_add(__m256 v)
-{
-    __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
-    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
-}
+INLINE __m128 fold_max(__m256 v) { return _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1)); }
+INLINE __m128 fold_add(__m256 v) { return _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1)); }
 
 INLINE __m256i round_16(__m256 a, __m256 b)
 {
     return _mm256_permute4x64_epi64(_mm256_packs_epi32(_mm256_cvtps_epi32(a), _mm256_cvtps_epi32(b)), 0xD8);
 }
 
-/* The unit that lets weights of this maximum and sum use all bits and never overflow; 0 when nothing weighs. */
-INLINE float unit_of(float top, float sum)
+/* Fixed-point weights of up to 64 tokens and what one of them is worth: 0 when nothing weighs. */
+INLINE void weigh(const int g, const float *p, int64_t ld, int n, const float *scale, int16_t (*w)[SCALAR_SEGMENT], float *unit)
 {
-    const float a = top * (1.0f / 32767), b = sum * (1.0f / SCALAR_SUM_MAX);
-    return top >= 0x1p-100f ? a > b ? a : b : 0;
-}
-
-INLINE float weigh(const float *p, int n, const float *scale, int16_t *w)
-{
-    _Alignas(32) float v[SCALAR_SEGMENT];
-    __m256 top = _mm256_setzero_ps(), sum = top;
-    if (n < SCALAR_SEGMENT) {
-        memset(v, 0, sizeof v);
-        memcpy(v, p, sizeof *v * (size_t)n);
-        p = v;
+    _Alignas(32) float v[SCALAR_QUERIES][SCALAR_SEGMENT], per[SCALAR_QUERIES];
+    __m128 tops[SCALAR_QUERIES], totals[SCALAR_QUERIES];
+    for (int q = 0; q < SCALAR_QUERIES; q++) {
+        __m256 top = _mm256_setzero_ps(), sum = top;
+        const float *from = p + q * ld;
+        if (q < g && n < SCALAR_SEGMENT) {
+            memset(v[q], 0, sizeof v[q]);
+            memcpy(v[q], from, sizeof *from * (size_t)n);
+            from = v[q];
+        }
+        for (int i = 0; q < g && i < SCALAR_SEGMENT; i += 8) {
+            const __m256 x = _mm256_mul_ps(_mm256_loadu_ps(from + i), _mm256_load_ps(scale + i));
+            top = _mm256_max_ps(top, x);
+            sum = _mm256_add_ps(sum, x);
+            _mm256_store_ps(v[q] + i, x);
+        }
+        tops[q] = fold_max(top);
+        totals[q] = fold_add(sum);
     }
-    for (int i = 0; i < SCALAR_SEGMENT; i += 8) {
-        const __m256 x = _mm256_mul_ps(_mm256_loadu_ps(p + i), _mm256_load_ps(scale + i));
-        top = _mm256_max_ps(top, x);
-        sum = _mm256_add_ps(sum, x);
-        _mm256_store_ps(v + i, x);
-    }
-    const float unit = unit_of(fold_max(top), fold_add(sum));
-    const __m256 per = _mm256_set1_ps(unit > 0 ? 1 / unit : 0);
-    for (int i = 0; i < SCALAR_SEGMENT; i += 16)
-        _mm256_store_si256((__m256i *)(w + i), round_16(_mm256_mul_ps(_mm256_load_ps(v + i), per), _mm256_mul_ps(_mm256_load_ps(v + i + 8), per)));
-    return unit;
+    const scalar_units u = scalar_units_of(tops, totals);
+    _mm_storeu_ps(unit, u.unit);
+    _mm_storeu_ps(per, u.per);
+    for (int q = 0; q < g; q++)
+        for (int i = 0; i < SCALAR_SEGMENT; i += 16) {
+            const __m256 k = _mm256_set1_ps(per[q]);
+            _mm256_store_si256((__m256i *)(w[q] + i), round_16(_mm256_mul_ps(_mm256_load_ps(v[q] + i), k), _mm256_mul_ps(_mm256_load_ps(v[q] + i + 8), k)));
+        }
 }
 
 INLINE void accumulate_block(const int bits, const int g, const kv_codec *c, const uint8_t *page, int n_tokens, const float *p, int64_t ld, float *acc)
@@ -178,13 +163,13 @@ INLINE void accumulate_block(const int bits, const int g, const kv_codec *c, con
         float unit[SCALAR_QUERIES];
         memcpy(half, page + st->scales + 2 * (size_t)tok, 2 * (size_t)n);
         for (int i = 0; i < SCALAR_SEGMENT; i += 8) _mm256_store_ps(scale + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(half + i))));
-        for (int q = 0; q < g; q++) unit[q] = st->unit * weigh(p + q * ld + tok, n, scale, w[q]);
+        weigh(g, p + tok, ld, n, scale, w, unit);
         for (int dim = 0; dim < c->space_dim; dim += 8) {
             __m256i s[SCALAR_QUERIES];
             add_units(bits, g, plane_at(&st->plane[0], page, dim, tok), plane_at(&st->plane[st->n_planes - 1], page, dim, tok), n_units, st, (const int64_t *)w[0], SCALAR_SEGMENT / 4, s);
 #define QUERY(q) if (g > q) { \
                 float *to = acc + q * c->space_dim + dim; \
-                _mm256_storeu_ps(to, _mm256_fmadd_ps(_mm256_cvtepi32_ps(s[q]), _mm256_set1_ps(unit[q]), _mm256_loadu_ps(to))); \
+                _mm256_storeu_ps(to, _mm256_fmadd_ps(_mm256_cvtepi32_ps(s[q]), _mm256_set1_ps(st->unit * unit[q]), _mm256_loadu_ps(to))); \
             }
             QUERY(0) QUERY(1) QUERY(2) QUERY(3)
 #undef QUERY
@@ -194,31 +179,7 @@ INLINE void accumulate_block(const int bits, const int g, const kv_codec *c, con
 
 /* ---- one function per code width and number of queries */
 
-typedef void dot_fn(const kv_codec *c, const uint8_t *page, int n_tokens, const uint8_t *prepared, float *scores, int64_t ld);
-typedef void accumulate_fn(const kv_codec *c, const uint8_t *page, int n_tokens, const float *p, int64_t ld, float *acc);
-
-#define DEFINE(b, g) \
-    KV_AVX2 static void dot_##b##_##g(const kv_codec *c, const uint8_t *page, int n, const uint8_t *q, float *s, int64_t ld) { dot_block(b, g, c, page, n, q, s, ld); } \
-    KV_AVX2 static void acc_##b##_##g(const kv_codec *c, const uint8_t *page, int n, const float *p, int64_t ld, float *a) { accumulate_block(b, g, c, page, n, p, ld, a); }
-#define DEFINE_ALL(b) DEFINE(b, 1) DEFINE(b, 2) DEFINE(b, 3) DEFINE(b, 4)
-DEFINE_ALL(1) DEFINE_ALL(2) DEFINE_ALL(3) DEFINE_ALL(4) DEFINE_ALL(5) DEFINE_ALL(6) DEFINE_ALL(7) DEFINE_ALL(8)
-
-#define ROW(name, b) { name##_##b##_1, name##_##b##_2, name##_##b##_3, name##_##b##_4 }
-#define ROWS(name) { ROW(name, 1), ROW(name, 2), ROW(name, 3), ROW(name, 4), ROW(name, 5), ROW(name, 6), ROW(name, 7), ROW(name, 8) }
-static dot_fn        *const dot_of[8][SCALAR_QUERIES] = ROWS(dot);
-static accumulate_fn *const acc_of[8][SCALAR_QUERIES] = ROWS(acc);
-
-static void dot(const kv_codec *c, const uint8_t *page, int n_tokens, const void *prepared, int n_q, float *scores, int64_t ld)
-{
-    for (int q = 0; q < n_q; q += SCALAR_QUERIES)
-        dot_of[scalar_state_of(c)->bits - 1][kv_min(n_q - q, SCALAR_QUERIES) - 1](c, page, n_tokens, (const uint8_t *)prepared + (size_t)q * c->query_bytes, scores + q * ld, ld);
-}
-
-static void accumulate(const kv_codec *c, const uint8_t *page, int n_tokens, const float *p, int64_t ld, int n_q, float *acc)
-{
-    for (int q = 0; q < n_q; q += SCALAR_QUERIES)
-        acc_of[scalar_state_of(c)->bits - 1][kv_min(n_q - q, SCALAR_QUERIES) - 1](c, page, n_tokens, p + q * ld, ld, acc + (size_t)q * (size_t)c->space_dim);
-}
+SCALAR_DEFINE_ALL(KV_AVX2)
 
 /* ---- queries */
 
@@ -233,14 +194,15 @@ KV_AVX2 void scalar_prepare_avx2(void *q, int padded)
         top = _mm256_max_ps(top, x);
         sum = _mm256_add_ps(sum, x);
     }
-    const float total = fold_add(sum), unit = total < INFINITY ? unit_of(fold_max(top), total) : NAN;
-    const __m256 per = _mm256_set1_ps(unit > 0 ? 1 / unit : 0);
+    const __m128 zero = _mm_setzero_ps(), tops[SCALAR_QUERIES] = { fold_max(top), zero, zero, zero }, totals[SCALAR_QUERIES] = { fold_add(sum), zero, zero, zero };
+    const scalar_units u = scalar_units_of(tops, totals);
+    const __m256 per = _mm256_broadcastss_ps(u.per);
     for (int i = 0; i < padded; i += 16) {
         const __m256i k = round_16(_mm256_mul_ps(_mm256_load_ps(row + i), per), _mm256_mul_ps(_mm256_load_ps(row + i + 8), per));
         _mm256_store_si256((__m256i *)(quads + i), k);
         _mm256_store_si256((__m256i *)(pairs + i), _mm256_shufflehi_epi16(_mm256_shufflelo_epi16(k, 0xD8), 0xD8));
     }
-    *(float *)q = unit;
+    _mm_store_ss(q, u.unit);
 }
 
 /* ---- encoding: the bits of plain C */

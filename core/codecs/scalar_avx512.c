@@ -10,6 +10,7 @@
 #include <immintrin.h>
 #include <math.h>
 #include "scalar.h"
+#include "scalar_x86.h"
 
 #define INLINE KV_AVX512 static inline __attribute__((always_inline))
 
@@ -26,12 +27,6 @@ INLINE __m512i pair_of_plane(const int bits, const uint8_t *at, const int slot, 
     const __m512i high = _mm512_srli_epi16(load(at + 64), (unsigned)((slot == 6 ? 4 : 5) + 8 * odd));
     return _mm512_ternarylogic_epi32(_mm512_set1_epi16(3), low, high, 0xCA);       /* 0xCA: first ? second : third */
 }
-
-enum { UNIT_QUADS_MAX = 8 };
-#define CHUNK_QUADS(bits) ((bits) == 4 ? 2 : (bits) == 2 ? 4 : 8)
-#define CHUNK_BYTES(bits) ((bits) == 3 ? 192 : 64)
-/* A unit: the fewest quads that are whole chunks of both planes. */
-#define UNIT_QUADS(bits) ((bits) <= 4 ? CHUNK_QUADS(bits) : CHUNK_QUADS((bits) - 4))
 
 INLINE __m512i pair_at(const int bits, const uint8_t *lo, const uint8_t *hi, const int quad, const int odd)
 {
@@ -134,21 +129,42 @@ INLINE void dot_block(const int bits, const int g, const kv_codec *c, const uint
 
 /* ---- values */
 
-/* Fixed-point weights of up to 64 tokens for one query, in pair order; returns their unit, 0 when nothing weighs. */
-INLINE float weigh(const float *p, int n, const __m512 scale[4], int32_t *w)
+INLINE __m128 fold_max(__m512 v)
 {
-    __m512 v[4];
-    for (int i = 0; i < 4; i++) v[i] = _mm512_mul_ps(_mm512_maskz_loadu_ps(first(n - 16 * i), p + 16 * i), scale[i]);
-    const float top = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_max_ps(v[0], v[1]), _mm512_max_ps(v[2], v[3])));
-    const float sum = _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(v[0], v[1]), _mm512_add_ps(v[2], v[3])));
-    const bool usable = top >= 0x1p-100f;
-    const float a = top * (1.0f / 32767), b = sum * (1.0f / SCALAR_SUM_MAX), unit = usable ? a > b ? a : b : 0;
-    const __m512 per = _mm512_set1_ps(usable ? 1 / unit : 0);
-    for (int i = 0; i < 4; i++) {
-        const __m512i k = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_permute_ps(v[i], 0xD8), per));
-        _mm256_storeu_si256((__m256i *)(w + 8 * i), _mm512_cvtsepi32_epi16(k));
+    const __m256 h = _mm256_max_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+    return _mm_max_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
+}
+
+INLINE __m128 fold_add(__m512 v)
+{
+    const __m256 h = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+    return _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
+}
+
+/* Fixed-point weights of up to 64 tokens, in pair order, and what one of them is worth: 0 when nothing weighs.  Maxima and
+ * sums of the queries are folded together: one by one they cost half as much as the page's codes. */
+INLINE void weigh(const int g, const float *p, int64_t ld, int n, const __m512 scale[4], int32_t (*w)[SCALAR_SEGMENT / 2], float *unit)
+{
+    __m512 v[SCALAR_QUERIES][4];
+    __m128 tops[SCALAR_QUERIES], totals[SCALAR_QUERIES];
+#define QUERY(q) if (g > q) { \
+        for (int i = 0; i < 4; i++) v[q][i] = _mm512_mul_ps(_mm512_maskz_loadu_ps(first(n - 16 * i), p + q * ld + 16 * i), scale[i]); \
+        tops[q] = fold_max(_mm512_max_ps(_mm512_max_ps(v[q][0], v[q][1]), _mm512_max_ps(v[q][2], v[q][3]))); \
+        totals[q] = fold_add(_mm512_add_ps(_mm512_add_ps(v[q][0], v[q][1]), _mm512_add_ps(v[q][2], v[q][3]))); \
+    } else { \
+        tops[q] = totals[q] = _mm_setzero_ps(); \
     }
-    return unit;
+    QUERY(0) QUERY(1) QUERY(2) QUERY(3)
+#undef QUERY
+    const scalar_units u = scalar_units_of(tops, totals);
+    _mm_storeu_ps(unit, u.unit);
+    float per[SCALAR_QUERIES];
+    _mm_storeu_ps(per, u.per);
+    for (int q = 0; q < g; q++)
+        for (int i = 0; i < 4; i++) {
+            const __m512i k = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_permute_ps(v[q][i], 0xD8), _mm512_set1_ps(per[q])));
+            _mm256_store_si256((__m256i *)(w[q] + 8 * i), _mm512_cvtsepi32_epi16(k));
+        }
 }
 
 INLINE void accumulate_block(const int bits, const int g, const kv_codec *c, const uint8_t *page, int n_tokens, const float *p, int64_t ld, float *acc)
@@ -162,7 +178,7 @@ INLINE void accumulate_block(const int bits, const int g, const kv_codec *c, con
         float unit[SCALAR_QUERIES];
         __m512 scale[4];
         for (int i = 0; i < 4; i++) scale[i] = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n - 16 * i), page + st->scales + 2 * (size_t)(tok + 16 * i)));
-        for (int q = 0; q < g; q++) unit[q] = st->unit * weigh(p + q * ld + tok, n, scale, w[q]);
+        weigh(g, p + tok, ld, n, scale, w, unit);
         for (int tile = 0; tile < st->n_tiles;) {
             const int two = st->n_tiles - tile > 1;
             const tiles at = tiles_at(st, page, tile, tok);
@@ -173,7 +189,7 @@ INLINE void accumulate_block(const int bits, const int g, const kv_codec *c, con
 #define QUERY(q) if (g > q) { \
                     float *to = acc + q * c->space_dim + tile * SCALAR_LANES; \
                     const __m512 f = _mm512_cvtepi32_ps(i ? _mm512_add_epi32(s.s[1][q][0], s.s[1][q][1]) : _mm512_add_epi32(s.s[0][q][0], s.s[0][q][1])); \
-                    _mm512_storeu_ps(to, _mm512_fmadd_ps(f, _mm512_set1_ps(unit[q]), _mm512_loadu_ps(to))); \
+                    _mm512_storeu_ps(to, _mm512_fmadd_ps(f, _mm512_set1_ps(st->unit * unit[q]), _mm512_loadu_ps(to))); \
                 }
                 QUERY(0) QUERY(1) QUERY(2) QUERY(3)
 #undef QUERY
@@ -184,31 +200,7 @@ INLINE void accumulate_block(const int bits, const int g, const kv_codec *c, con
 
 /* ---- one function per code width and number of queries */
 
-typedef void dot_fn(const kv_codec *c, const uint8_t *page, int n_tokens, const uint8_t *prepared, float *scores, int64_t ld);
-typedef void accumulate_fn(const kv_codec *c, const uint8_t *page, int n_tokens, const float *p, int64_t ld, float *acc);
-
-#define DEFINE(b, g) \
-    KV_AVX512 static void dot_##b##_##g(const kv_codec *c, const uint8_t *page, int n, const uint8_t *q, float *s, int64_t ld) { dot_block(b, g, c, page, n, q, s, ld); } \
-    KV_AVX512 static void acc_##b##_##g(const kv_codec *c, const uint8_t *page, int n, const float *p, int64_t ld, float *a) { accumulate_block(b, g, c, page, n, p, ld, a); }
-#define DEFINE_ALL(b) DEFINE(b, 1) DEFINE(b, 2) DEFINE(b, 3) DEFINE(b, 4)
-DEFINE_ALL(1) DEFINE_ALL(2) DEFINE_ALL(3) DEFINE_ALL(4) DEFINE_ALL(5) DEFINE_ALL(6) DEFINE_ALL(7) DEFINE_ALL(8)
-
-#define ROW(name, b) { name##_##b##_1, name##_##b##_2, name##_##b##_3, name##_##b##_4 }
-#define ROWS(name) { ROW(name, 1), ROW(name, 2), ROW(name, 3), ROW(name, 4), ROW(name, 5), ROW(name, 6), ROW(name, 7), ROW(name, 8) }
-static dot_fn        *const dot_of[8][SCALAR_QUERIES] = ROWS(dot);
-static accumulate_fn *const acc_of[8][SCALAR_QUERIES] = ROWS(acc);
-
-static void dot(const kv_codec *c, const uint8_t *page, int n_tokens, const void *prepared, int n_q, float *scores, int64_t ld)
-{
-    for (int q = 0; q < n_q; q += SCALAR_QUERIES)
-        dot_of[scalar_state_of(c)->bits - 1][kv_min(n_q - q, SCALAR_QUERIES) - 1](c, page, n_tokens, (const uint8_t *)prepared + (size_t)q * c->query_bytes, scores + q * ld, ld);
-}
-
-static void accumulate(const kv_codec *c, const uint8_t *page, int n_tokens, const float *p, int64_t ld, int n_q, float *acc)
-{
-    for (int q = 0; q < n_q; q += SCALAR_QUERIES)
-        acc_of[scalar_state_of(c)->bits - 1][kv_min(n_q - q, SCALAR_QUERIES) - 1](c, page, n_tokens, p + q * ld, ld, acc + (size_t)q * (size_t)c->space_dim);
-}
+SCALAR_DEFINE_ALL(KV_AVX512)
 
 /* ---- encoding: the bits of plain C */
 
