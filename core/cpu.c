@@ -16,14 +16,16 @@ static atomic_int limit = KV_SIMD_AVX512;
 static void detect(void)
 {
     __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
+    unsigned leaf[4] = { 0 };                 /* F16C has no name in clang's __builtin_cpu_supports before 15; AVX2 implies what the system must save */
+    const bool f16c = __get_cpuid(1, &leaf[0], &leaf[1], &leaf[2], &leaf[3]) && (leaf[2] & bit_F16C);
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && f16c &&
                       __builtin_cpu_supports("bmi2");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
     level_max = avx512 ? KV_SIMD_AVX512 : avx2 ? KV_SIMD_AVX2 : KV_SIMD_C;
 
     unsigned r[12] = { 0 };                   /* the brand string: CPUID 0x80000002..4 */
-    if (__get_cpuid_max(0x80000000u, NULL) >= 0x80000004u)
+    if ((unsigned)__get_cpuid_max(0x80000000u, NULL) >= 0x80000004u)
         for (unsigned i = 0; i < 3; i++) __get_cpuid(0x80000002u + i, &r[4 * i], &r[4 * i + 1], &r[4 * i + 2], &r[4 * i + 3]);
     char raw[sizeof r + 1] = { 0 };
     memcpy(raw, r, sizeof r);
