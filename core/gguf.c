@@ -147,37 +147,38 @@ static int take_value(cursor *c, key_entry *k)
 {
     uint32_t type;
     const uint8_t *p;
-    FORWARD_IF_ERROR(take_u32(c, &type, k->name));
-    RETURN_ERROR_IF(type > KV_GGUF_F64, KV_E_CORRUPT, "gguf '%s': key '%s' has type %u; 0..12 are known", c->what, show(k->name, strlen(k->name)).s, type);
+    const shown name = show(k->name, strlen(k->name));
+    FORWARD_IF_ERROR(take_u32(c, &type, name.s));
+    RETURN_ERROR_IF(type > KV_GGUF_F64, KV_E_CORRUPT, "gguf '%s': key '%s' has type %u; 0..12 are known", c->what, name.s, type);
     k->type = (int)type;
     if (type == KV_GGUF_STR) {
         const char *s;
-        FORWARD_IF_ERROR(take_string(c, &s, &k->count, k->name));
+        FORWARD_IF_ERROR(take_string(c, &s, &k->count, name.s));
         k->value = (const uint8_t *)s;
         return KV_OK;
     }
     if (type == KV_GGUF_ARR) {
         uint32_t elem;
         uint64_t count;
-        FORWARD_IF_ERROR(take_u32(c, &elem, k->name));
-        FORWARD_IF_ERROR(take_u64(c, &count, k->name));
+        FORWARD_IF_ERROR(take_u32(c, &elem, name.s));
+        FORWARD_IF_ERROR(take_u64(c, &count, name.s));
         RETURN_ERROR_IF(elem > KV_GGUF_F64 || elem == KV_GGUF_ARR, KV_E_CORRUPT, "gguf '%s': key '%s' is an array of type %u; numbers, bools and strings are allowed",
-                        c->what, show(k->name, strlen(k->name)).s, elem);
+                        c->what, name.s, elem);
         const size_t least = elem == KV_GGUF_STR ? 8 : (size_t)type_size((int)elem), left = c->n - c->at;
         RETURN_ERROR_IF(count > left / least, KV_E_CORRUPT, "gguf '%s': key '%s' is an array of %llu elements; the %zu bytes left hold at most %zu",
-                        c->what, show(k->name, strlen(k->name)).s, (unsigned long long)count, left, left / least);
+                        c->what, name.s, (unsigned long long)count, left, left / least);
         k->elem = (int)elem;
         k->count = (size_t)count;
         k->value = c->p + c->at;
-        if (elem != KV_GGUF_STR) return take(c, (size_t)count * least, &p, k->name);
+        if (elem != KV_GGUF_STR) return take(c, (size_t)count * least, &p, name.s);
         for (uint64_t i = 0; i < count; i++) {
             const char *s;
             size_t n;
-            FORWARD_IF_ERROR(take_string(c, &s, &n, k->name));
+            FORWARD_IF_ERROR(take_string(c, &s, &n, name.s));
         }
         return KV_OK;
     }
-    FORWARD_IF_ERROR(take(c, (size_t)type_size(k->type), &p, k->name));
+    FORWARD_IF_ERROR(take(c, (size_t)type_size(k->type), &p, name.s));
     k->value = p;
     return KV_OK;
 }

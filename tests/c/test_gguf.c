@@ -122,6 +122,7 @@ static void refuses_hostile_files(void)
     head(&o, 3, 0, 1); put_str(&o, ""); put32(&o, 0); put64(&o, 0);                           refused(&o, KV_E_CORRUPT, "key of 0 bytes");
     head(&o, 3, 0, 1); put_str(&o, "k"); put32(&o, 13); put64(&o, 0);                         refused(&o, KV_E_CORRUPT, "type 13");
     head(&o, 3, 0, 1); put_str(&o, "k"); put32(&o, KV_GGUF_STR); put64(&o, UINT64_MAX - 3);   refused(&o, KV_E_CORRUPT, "'t': k");
+    head(&o, 3, 0, 1); put_str(&o, "k\nk"); put32(&o, KV_GGUF_U64); put32(&o, 1);              refused(&o, KV_E_CORRUPT, "k?k");     /* found by fuzzing */
     head(&o, 3, 0, 1); put_str(&o, "k"); put32(&o, KV_GGUF_ARR); put32(&o, KV_GGUF_ARR); put64(&o, 1); put64(&o, 0);   refused(&o, KV_E_CORRUPT, "array of type 9");
     head(&o, 3, 0, 1); put_str(&o, "k"); put32(&o, KV_GGUF_ARR); put32(&o, KV_GGUF_F64); put64(&o, (uint64_t)1 << 61); refused(&o, KV_E_CORRUPT, "array of 2305843009213693952");
     head(&o, 3, 0, 2); key_u32(&o, "twice", 1); key_u32(&o, "twice", 2);                      refused(&o, KV_E_CORRUPT, "'twice' is there twice");
