@@ -25,4 +25,14 @@ return {
     source     = { type = "any", about = "packages that carry the file: name, version, member" },
     default    = { type = "boolean", about = "true for the model that demos and tests use" },
   } },
+  data = { type = "object", keys = {
+    about      = { type = text, required = true, about = "one sentence" },
+    file       = { type = text, required = true, about = "name of the file in the cache folder" },
+    sha256     = { type = text, required = true, about = "of the text file" },
+    bytes      = { type = number, about = "size of the text file" },
+    license    = { type = text, about = "terms under which the text comes" },
+    source     = { type = "any", about = "package that carries the text: kind, package, member" },
+    split      = { type = "object", about = "shares of the text, from and to, that calibrate and that are scored", keys = {
+      calibrate = { type = "array", items = { type = number } }, score = { type = "array", items = { type = number } } } },
+  } },
 }
