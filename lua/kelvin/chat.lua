@@ -22,10 +22,11 @@ local function answer(s, prompt, a, first)
   local templated = not a.raw and m.chat_template ~= "none"
   local text = prompt
   if templated then
-    text = ""
-    if first and a.system then text = m:chat("system", a.system, true) end
-    text = text .. m:chat("user", prompt, first and not a.system) .. m:chat(nil, nil, false)
-    if not first then text = "\n" .. text end
+    local open = m:chat(nil)
+    if not first then text = m:chat("assistant", ""):sub(#open + 1) .. m:chat("user", prompt)      -- closes the last answer
+    elseif a.system then text = m:chat("system", a.system, "first") .. m:chat("user", prompt, "second")
+    else text = m:chat("user", prompt, "first") end
+    text = text .. open
   end
   local ids = m:tokenize(text, { add_special = first, parse_special = templated })
   -- A template that writes BOS itself would give two.

@@ -48,7 +48,6 @@ end
 --- Arms as { name, k, v, plan }.  A list of arm texts, tables, policies or plans; or a table of these by name.
 local function resolve_arms(model, o)
   local list = {}
-  check.that(type(o.arms) == "table" and next(o.arms) ~= nil, "kv.eval: arms = { … } is needed: arm texts such as \"q4_0\", policies or plans")
   local names = {}
   for key in pairs(o.arms) do if type(key) == "string" then names[#names + 1] = key end end
   table.sort(names)
@@ -239,6 +238,7 @@ function M.run(o)
   check.that(modes[o.mode], "kv.eval: mode='%s' is none of visibility, stream", tostring(o.mode))
   check.that(o.score == "second-half" or o.score == "all", "kv.eval: score='%s' is none of second-half, all", tostring(o.score))
   check.that(type(o.context) == "number" and o.context >= 8 and o.context % 1 == 0, "kv.eval: context=%s is not a whole number from 8", tostring(o.context))
+  check.that(type(o.arms) == "table" and next(o.arms) ~= nil, "kv.eval: arms = { … } is needed: arm texts such as \"q4_0\", policies or plans")
   local model = type(o.model) == "string" and models.open(o.model) or o.model
   check.that(type(model) == "table" and model._m, "kv.eval: model = a name, a path or kv.model(...) is needed")
   local ids = o.tokens or model:tokenize(check.that(o.text, "kv.eval: text = or tokens = is needed"))

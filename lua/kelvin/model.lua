@@ -159,12 +159,18 @@ end
 --- m:is_end(id): whether a token ends a text or a turn.
 function Model.__index:is_end(id) return C.kv_token_is_end(self._m, id) ~= 0 end
 
---- m:chat(role, text, first): one turn as the model's template writes it; role nil opens the assistant's turn.
-function Model.__index:chat(role, s, first)
+doc("model:chat", [[
+  m:chat(role, text [, place = "later"]) -> text
+  One turn as the model's template writes it, for m:tokenize(text, { parse_special = true }).  role: system, user, assistant;
+  nil opens the assistant's turn.  place: "first" opens the conversation, "second" follows a system turn that did, "later".]])
+local places = { later = 0, first = 1, second = 2 }
+function Model.__index:chat(role, s, place)
+  place = place or "later"
+  check.that(places[place], "chat: place '%s' is none of first, second, later", tostring(place))
   local n = ffi.new "int[1]"
   local cap = #(s or "") + 1024
   local buf = ffi.new("char[?]", cap)
-  check(C.kv_chat_format(self._m, role, s, first and 1 or 0, buf, cap, n))
+  check(C.kv_chat_format(self._m, role, s, places[place], buf, cap, n))
   return ffi.string(buf, n[0])
 end
 
