@@ -52,9 +52,10 @@ $(BUILD)/%.o: %.c $(BUILD)/kelvin_abi.h
 	@echo "  cc $<"
 	@$(CC) $(KV_CFLAGS) -MMD -MP -c $< -o $@
 
+# nodelete: LuaJIT unloads libraries when it closes, under worker threads that still run their code.
 $(LIB): $(OBJ) $(BUILD)/kelvin_cdef.lua
 	@echo "  link $@"
-	@$(CC) $(CFLAGS) -shared -o $@ $(OBJ) $(LIBS) -Wl,-z,defs,-z,now
+	@$(CC) $(CFLAGS) -shared -o $@ $(OBJ) $(LIBS) -Wl,-z,defs,-z,now,-z,nodelete
 
 # ---- the program: LuaJIT and lua/kv_main.lua.  LUAJIT_LIBS='-Wl,-Bstatic -lluajit-5.1 -Wl,-Bdynamic' puts LuaJIT inside.
 LUAJIT_CFLAGS ?= $(shell pkg-config --cflags luajit 2>/dev/null)
@@ -148,7 +149,7 @@ dist: all ctests
 	@rm -rf $(DIST)
 	@$(MAKE) --no-print-directory install PREFIX= DESTDIR=$(abspath $(DIST)) > /dev/null
 	@$(CC) $(CSTD) $(WARN) $(CFLAGS) $(LUAJIT_CFLAGS) lua/host.c -Wl,-Bstatic -lluajit-5.1 -Wl,-Bdynamic -lm -ldl -rdynamic -o $(DIST)/bin/kelvin
-	@$(CC) $(CFLAGS) -shared -o $(DIST)/lib/libkelvin.so $(OBJ) $(LIBS) -Wl,-z,defs,-z,now,-rpath,'$$ORIGIN'
+	@$(CC) $(CFLAGS) -shared -o $(DIST)/lib/libkelvin.so $(OBJ) $(LIBS) -Wl,-z,defs,-z,now,-z,nodelete,-rpath,'$$ORIGIN'
 	@for so in $$(ldd $(DIST)/lib/libkelvin.so | awk '/=> \// { print $$3 }' | grep -vE '/(libc|libm|libdl|libpthread|librt|ld-linux[^/]*)\.so'); do cp -L $$so $(DIST)/lib/; done
 	@mkdir -p $(DIST)/share/kelvin/busted $(DIST)/libexec && cp -R tests .busted $(DIST)/share/kelvin/
 	@for m in $(BUSTED_MODULES); do [ ! -e $(LUA_SHARE)/$$m ] || cp -RL $(LUA_SHARE)/$$m $(DIST)/share/kelvin/busted/; done
