@@ -164,6 +164,7 @@ INLINE void accumulate_block(const int bits, const int g, const kv_codec *c, con
         memcpy(half, page + st->scales + 2 * (size_t)tok, 2 * (size_t)n);
         for (int i = 0; i < SCALAR_SEGMENT; i += 8) _mm256_store_ps(scale + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(half + i))));
         weigh(g, p + tok, ld, n, scale, w, unit);
+        scalar_settle(w);
         for (int dim = 0; dim < c->space_dim; dim += 8) {
             __m256i s[SCALAR_QUERIES];
             add_units(bits, g, plane_at(&st->plane[0], page, dim, tok), plane_at(&st->plane[st->n_planes - 1], page, dim, tok), n_units, st, (const int64_t *)w[0], SCALAR_SEGMENT / 4, s);

@@ -179,6 +179,7 @@ INLINE void accumulate_block(const int bits, const int g, const kv_codec *c, con
         __m512 scale[4];
         for (int i = 0; i < 4; i++) scale[i] = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n - 16 * i), page + st->scales + 2 * (size_t)(tok + 16 * i)));
         weigh(g, p + tok, ld, n, scale, w, unit);
+        scalar_settle(w);
         for (int tile = 0; tile < st->n_tiles;) {
             const int two = st->n_tiles - tile > 1;
             const tiles at = tiles_at(st, page, tile, tok);

@@ -26,6 +26,10 @@ KV_AVX2 static inline __attribute__((always_inline)) scalar_units scalar_units_o
     return (scalar_units){ _mm_and_ps(usable, unit), _mm_and_ps(usable, _mm_div_ps(_mm_set1_ps(1), unit)) };
 }
 
+/* The weights are in memory from here on.  Without this the compiler carries what was just stored in registers, makes a
+ * broadcast of each and spills them: values then took 1.5 times as long as keys. */
+static inline void scalar_settle(const void *weights) { __asm__ volatile("" : : "r"(weights) : "memory"); }
+
 typedef void scalar_dot_fn(const kv_codec *c, const uint8_t *page, int n_tokens, const uint8_t *prepared, float *scores, int64_t ld);
 typedef void scalar_accumulate_fn(const kv_codec *c, const uint8_t *page, int n_tokens, const float *p, int64_t ld, float *acc);
 

@@ -1,8 +1,9 @@
 /* bench_scalar.c -- attention on codes and encoding, per SIMD level, against a plain read of the same bytes.
  *
  * The shape is SmolLM2-135M's cache: 30 layers x 3 heads of 64 dims, pages of 64 tokens.
- *   make && cc -O3 -std=c11 -D_GNU_SOURCE -Icore tests/bench/bench_scalar.c $(ls build/release/core/X.o build/release/core/codecs/X.o) ... -o bench_scalar
- * with X = *; libraries as the Makefile's LIBS.  Arguments: tokens (4096), threads (1), queries a head (3). */
+ *   make && cc -O3 -std=c11 -D_GNU_SOURCE -pthread -Icore tests/bench/bench_scalar.c $(find build/release/core -name '*.o') \
+ *     $(pkg-config --libs openblas libcjson libpcre2-8 libedit) -lm -ldl -o build/bench_scalar
+ * Arguments: tokens (4096), threads (1), queries a head (3), lowest SIMD level (0). */
 #include <stdio.h>
 #include <stdlib.h>
 #include "codec.h"
@@ -104,7 +105,7 @@ int main(int argc, char **argv)
         const double read = best_of(REPEAT), mb = (double)pages * (double)(job.k->page_bytes + job.v->page_bytes) / 1e6;
         job.read_only = 0;
         printf("%d bits: %5.1f MB, read %.2f ms", bits, mb, read * 1e3);
-        for (int l = 0; l <= kv_cpu_simd_max(); l++) {
+        for (int l = argc > 4 ? atoi(argv[4]) : 0; l <= kv_cpu_simd_max(); l++) {
             kv_cpu_limit(l);
             const double t = best_of(l ? REPEAT : 1);
             const double ke = encode_rate(job.k, job.keys, x, PAGE), ve = encode_rate(job.v, job.values, x, PAGE);
