@@ -124,6 +124,28 @@ build/fuzz/bin/%: tests/fuzz/%.c $(OBJ)
 	@echo "  cc $<"
 	@$(CC) $(subst fuzzer-no-link,fuzzer,$(KV_CFLAGS)) $< $(OBJ) $(LIBS) -o $@
 
+# ---- the demo: from a bare machine to a Pareto plot.  MODEL=path.gguf and TEXT=path.txt measure your own; RESUME=1 goes on.
+APT_PACKAGES := gcc make pkg-config git libc6-dev libluajit-5.1-dev luajit libcjson-dev libpcre2-dev libopenblas-dev libedit-dev \
+                lua-argparse lua-busted lua-check python3-pip unzip ca-certificates
+MODEL ?=
+TEXT  ?=
+RESUME ?=
+.PHONY: packages demo
+packages:
+	@missing=""; for p in $(APT_PACKAGES); do dpkg-query -W -f '$${Status}' $$p 2>/dev/null | grep -q ' installed' || missing="$$missing $$p"; done; \
+	if [ -n "$$missing" ]; then \
+	  sudo=""; if [ "$$(id -u)" != 0 ]; then sudo=sudo; echo "packages: not root, so apt-get runs under sudo"; fi; \
+	  echo "packages: installing$$missing"; \
+	  { DEBIAN_FRONTEND=noninteractive $$sudo apt-get install -y -q --no-install-recommends $$missing >/dev/null 2>&1 || \
+	    { $$sudo apt-get update -q >/dev/null && DEBIAN_FRONTEND=noninteractive $$sudo apt-get install -y -q --no-install-recommends $$missing >/dev/null; }; } || \
+	  { echo "packages: apt-get could not install$$missing"; exit 1; }; fi
+
+# The build is a make of its own: what pkg-config says may have changed since this one read it.
+demo: packages
+	@$(MAKE) --no-print-directory all
+	@[ -n "$(MODEL)" ] || $(HOST) models get smollm2-135m
+	@$(HOST) run experiments/01_pareto.lua $(if $(MODEL),--model '$(MODEL)') $(if $(TEXT),--text '$(abspath $(TEXT))') $(if $(RESUME),--resume)
+
 # ---- installing, and a tree that runs elsewhere
 PREFIX  ?= /usr/local
 DESTDIR ?=

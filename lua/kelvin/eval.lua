@@ -137,7 +137,12 @@ local function mutation(model, plan, buf, context)
   s:feed(ids[n + 1])
   local paths = s:paths()
   if flipped == 0 then return { status = "not applicable", flipped = 0 }, paths end
-  fork:feed(ids[n + 1])
+  -- Flipped floats may be NaN or huge; a cache that refuses to go on has read the pages.
+  local fed, why = pcall(fork.feed, fork, ids[n + 1])
+  if not fed then
+    if not tostring(why):find "not finite" then error(why, 0) end
+    return { status = "ok", flipped = flipped, max_logit_change = math.huge, tokens = n }, paths
+  end
   local a, b = s:logits():_data(), fork:logits():_data()
   local moved = 0
   for i = 0, model.n_vocab - 1 do

@@ -38,7 +38,7 @@ function M.define(spec)
     e[k] = v
   end
   if not e.name or not e.name:find "^[%w_%-]+$" then fail("kv.experiment: name='%s' must be letters, digits, _ and - (it names a folder)", tostring(e.name)) end
-  if not e.grid == not e.arms then fail("experiment '%s': either grid or arms is needed%s", e.name, e.grid and ", not both" or "") end
+  if (e.grid == nil) == (e.arms == nil) then fail("experiment '%s': either grid or arms is needed%s", e.name, e.grid and ", not both" or "") end
   if e.grid and not e.policy then fail("experiment '%s': a grid needs policy = function(p) … end", e.name) end
   for _, name in ipairs(e.measure) do
     if not measure.known[name] then fail("experiment '%s': measure '%s' is none of %s", e.name, tostring(name), table.concat(measure.names(), ", ")) end

@@ -82,7 +82,8 @@ function M.render(rows, run)
   if #split.ranked > 0 then md[#md + 1] = tables.ranking(split.ranked, extra) end
   if #split.vacuous > 0 then md[#md + 1] = "\nVACUOUS, not ranked: too few query-key pairs were served from compressed storage.\n\n" .. tables.ranking(split.vacuous, extra) end
   for _, r in ipairs(split.failed) do md[#md + 1] = ("\nfailed: %s: %s\n"):format(r.arm or "?", r.message or r.error or "") end
-  md[#md + 1] = "\nKLD in nats per token against an exact cache; bits per cached scalar, all-in at the tested context (sinks and window included); pairs: share of query-key pairs served from compressed storage.\n"
+  md[#md + 1] = "\nKLD in nats per token against an exact cache; bits per cached scalar, all-in at the tested context (sinks and window included); "
+    .. "pairs: share of query-key pairs served from compressed storage.\n"
 
   for _, s in ipairs(spec) do
     if s.kind == "plot" then

@@ -43,7 +43,7 @@ end
 
 --- Ticks of a linear axis: round numbers (1, 2, 2.5 or 5 times a power of ten), about `want` of them.
 function M.linear_ticks(lo, hi, want)
-  if not (hi > lo) then return { lo } end
+  if hi <= lo or hi ~= hi then return { lo } end
   local raw = (hi - lo) / (want or 6)
   local base = 10 ^ math.floor(math.log10(raw))
   local step = 10 * base
@@ -152,8 +152,8 @@ end
 
 -- Puts each label where it costs least: covering labels and markers is worst, then lines, then distance.
 local function place_labels(labels, obstacles, lines, frame, size)
-  local taken, cost_of = {}, nil
-  function cost_of(box, distance)
+  local taken = {}
+  local function cost_of(box, distance)
     local cost = distance * 0.6
     if box[1] < frame[1] or box[2] < frame[2] or box[3] > frame[3] or box[4] > frame[4] then cost = cost + 4000 end
     for _, o in ipairs(taken) do cost = cost + 40 * overlap(box, o) end
