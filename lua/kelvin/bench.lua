@@ -62,7 +62,7 @@ function M.decode(o)
   end
   local one = ffi.new "int32_t[1]"
   for r = 0, o.repeats or 5 do                          -- the first round warms up and is not counted
-    for i, c in ipairs(candidates) do
+    for _, c in ipairs(candidates) do
       log.progress(r / (o.repeats or 5), ("repeat %d: %s at %d"):format(r, c.arm, c.depth))
       local t0 = C.kv_now()
       for t = 1, n do
@@ -71,14 +71,12 @@ function M.decode(o)
       end
       local dt = (C.kv_now() - t0) / n
       if r > 0 then c.times[#c.times + 1] = dt end
-      if i == 1 then c.first = dt end
       check(C.kv_session_truncate(c.s._s, c.depth))
       if C.kv_interrupted() == 1 then check.fail("interrupted") end
     end
   end
   for _, c in ipairs(candidates) do
     local t, iqr = M.median(c.times)
-    for i = 1, c.depth + n do c.s.ids[i] = 0 end
     check(C.kv_session_feed(c.s._s, one, 1, 0))
     local b = ffi.new "kv_bytes[1]"
     check(C.kv_session_bytes(c.s._s, b))
