@@ -212,7 +212,7 @@ static void decode_task(void *ctx, int task, int thread)
 }
 
 /* n_products weights times the same input: the buffer at offset `in` of every lane. */
-static void multiply(kv_forward *f, const product *p, int n_products, size_t in)
+static int multiply(kv_forward *f, const product *p, int n_products, size_t in)
 {
     if (f->n > 1) {
         for (int i = 0; i < n_products; i++) {
@@ -220,9 +220,9 @@ static void multiply(kv_forward *f, const product *p, int n_products, size_t in)
                 f->in[l] = lane_buffer(&f->lane[l], in);
                 f->out[l] = lane_buffer(&f->lane[l], p[i].out);
             }
-            kv_linear(p[i].w, f->n_lanes, f->n, f->in, f->out, p[i].bias);
+            FORWARD_IF_ERROR(kv_linear(p[i].w, f->n_lanes, f->n, f->in, f->out, p[i].bias));
         }
-        return;
+        return KV_OK;
     }
     decode_job j = { .f = f, .p = p, .n_products = n_products };
     int n_tasks = 0;
@@ -232,6 +232,7 @@ static void multiply(kv_forward *f, const product *p, int n_products, size_t in)
     }
     for (int l = 0; l < f->n_lanes; l++) kv_act_set(&f->lane[l].act, lane_buffer(&f->lane[l], in), p->w->n_in);
     kv_parallel(n_tasks, decode_task, &j);
+    return KV_OK;
 }
 
 /* ---- the steps */
@@ -276,33 +277,38 @@ static int give_up(kv_forward *f, int status)
     return kv_set_error(status, "%s", why);
 }
 
-int kv_forward_layer(kv_forward *f, int *more)
+static int one_layer(kv_forward *f)
 {
-    RETURN_ERROR_IF(!f || !more, KV_E_ARG, "kv_forward_layer: NULL argument");
-    RETURN_ERROR_IF(f->layer < 0, KV_E_ARG, "kv_forward_layer: no step was begun");
-    kv_model *m = f->m;
+    const kv_model *m = f->m;
     const kv_layer *y = &m->layer[f->layer];
     const product qkv[] = { { &y->wq, y->bq, offsetof(lane, q) }, { &y->wk, y->bk, offsetof(lane, k) }, { &y->wv, y->bv, offsetof(lane, v) } };
     const product out = { &y->wo, NULL, offsetof(lane, h) }, ffn[] = { { &y->w_gate, NULL, offsetof(lane, gate) }, { &y->w_up, NULL, offsetof(lane, up) } };
     const product down = { &y->w_down, NULL, offsetof(lane, h) };
 
     rows(f, ROW_ATTN_IN, y);
-    multiply(f, qkv, 3, offsetof(lane, h));
+    FORWARD_IF_ERROR(multiply(f, qkv, 3, offsetof(lane, h)));
     rows(f, ROW_QK, y);
     for (int i = 0; i < f->n_lanes; i++) {
         const lane *l = &f->lane[i];
         if (f->tap) f->tap(f->tap_ctx, i, f->layer, f->n, l->q_pre, l->q, l->k_pre, l->k, l->v);
-        const int status = kv_cache_attend(f->cache[i], f->layer, f->n, l->q, l->k, l->v, y->scale, y->softcap, l->att);
-        if (status < 0) return give_up(f, status);
+        FORWARD_IF_ERROR(kv_cache_attend(f->cache[i], f->layer, f->n, l->q, l->k, l->v, y->scale, y->softcap, l->att));
     }
-    multiply(f, &out, 1, offsetof(lane, att));
+    FORWARD_IF_ERROR(multiply(f, &out, 1, offsetof(lane, att)));
     rows(f, ROW_AFTER_ATTN, y);
-    multiply(f, ffn, 2, offsetof(lane, h));
+    FORWARD_IF_ERROR(multiply(f, ffn, 2, offsetof(lane, h)));
     rows(f, ROW_GATE, y);
-    multiply(f, &down, 1, offsetof(lane, gate));
+    FORWARD_IF_ERROR(multiply(f, &down, 1, offsetof(lane, gate)));
     rows(f, ROW_AFTER_FFN, y);
+    return KV_OK;
+}
 
-    *more = ++f->layer < m->info.n_layers;
+int kv_forward_layer(kv_forward *f, int *more)
+{
+    RETURN_ERROR_IF(!f || !more, KV_E_ARG, "kv_forward_layer: NULL argument");
+    RETURN_ERROR_IF(f->layer < 0, KV_E_ARG, "kv_forward_layer: no step was begun");
+    const int status = one_layer(f);
+    if (status < 0) return give_up(f, status);
+    *more = ++f->layer < f->m->info.n_layers;
     if (*more) return KV_OK;
     rows(f, ROW_FINAL, NULL);
     f->layer = -1;
@@ -336,7 +342,7 @@ int kv_logits(const kv_model *m, const float *hidden, int n, float *logits)
         kv_parallel((m->info.n_vocab + HEAD_ROWS - 1) / HEAD_ROWS, head_task, &j);
         kv_act_free(&act);
     } else {
-        kv_linear(&m->head, 1, n, &hidden, &logits, NULL);
+        FORWARD_IF_ERROR(kv_linear(&m->head, 1, n, &hidden, &logits, NULL));
     }
     if (m->final_softcap > 0)
         for (size_t i = 0; i < (size_t)n * (size_t)m->info.n_vocab; i++) logits[i] = m->final_softcap * tanhf(logits[i] / m->final_softcap);
