@@ -5,8 +5,8 @@
  * a code costs one shift and one lookup for 32 elements and no mask.  Word 0 of a lane then holds byte 0 (or 1) of it, word 1
  * byte 2 (or 3): weights come in that order ("pairs" of scalar.h).
  *
- * Two tiles run together, with the two pairs of a slot summed apart: vpdpwssd takes 5 cycles, and one chain per query would
- * wait for itself. */
+ * Up to 4 bits two tiles run together, with the two pairs of a slot summed apart: vpdpwssd takes 5 cycles, and one chain per
+ * query would wait for itself.  Wider codes wait for their lookups anyway. */
 #include <immintrin.h>
 #include <math.h>
 #include "scalar.h"
@@ -108,7 +108,7 @@ INLINE void dot_block(const int bits, const int g, const kv_codec *c, const uint
     const size_t w_ld = c->query_bytes / 4;
     const int n_units = (c->head_dim + 4 * UNIT_QUADS(bits) - 1) / (4 * UNIT_QUADS(bits));
     for (int tok = 0; tok < n_tokens;) {
-        const int two = n_tokens - tok > SCALAR_LANES;
+        const int two = bits <= 4 && n_tokens - tok > SCALAR_LANES;
         const tiles at = tiles_at(st, page, tok / SCALAR_LANES, 0);
         sums s;
         if (two) add_units(bits, g, 1, at, n_units, &t, w, w_ld, &s);
@@ -181,7 +181,7 @@ INLINE void accumulate_block(const int bits, const int g, const kv_codec *c, con
         weigh(g, p + tok, ld, n, scale, w, unit);
         scalar_settle(w);
         for (int tile = 0; tile < st->n_tiles;) {
-            const int two = st->n_tiles - tile > 1;
+            const int two = bits <= 4 && st->n_tiles - tile > 1;
             const tiles at = tiles_at(st, page, tile, tok);
             sums s;
             if (two) add_units(bits, g, 1, at, n_units, &t, w[0], SCALAR_SEGMENT / 2, &s);
