@@ -52,6 +52,9 @@ local function parser()
   run:option("--text", "Text file instead of the experiment's data."):argname "FILE"
   run:option("--device", "cpu or cuda."):argname "NAME"
 
+  local script = p:command("lua", "Run a plain Lua script with `require \"kelvin\"` in reach.", "Example: kelvin lua sweep.lua first second")
+  script:argument("file", "The script; its arguments are in `arg` and `...`.")
+  script:argument("args", "Arguments."):args "*"
   p:command("repl", "The interactive session (also plain `kelvin`).", "Example: echo 'kv.codec \"q4_0\"' | kelvin repl")
 
   local codecs = p:command("codecs", "List codec families and presets, or describe one.", "Example: kelvin codecs turboquant-4")
@@ -240,6 +243,14 @@ local function version()
   local b = require("kelvin.lib").build()
   print(("kelvin %s  %s  declarations %s"):format(b.version, b.flags, b.abi_hash:sub(1, 12)))
   return 0
+end
+
+function commands.lua(a)
+  local chunk, err = loadfile(a.file)
+  if not chunk then check.fail("%s", err) end
+  a.args[0] = a.file
+  _G.arg = a.args
+  return chunk(unpack(a.args))
 end
 
 --- main(arg): runs a command line and returns the exit status.
