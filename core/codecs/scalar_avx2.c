@@ -94,6 +94,7 @@ INLINE void store_first(float *to, __m256 v, int n)
 INLINE void dot_block(const int bits, const int g, const kv_codec *c, const uint8_t *page, int n_tokens, const uint8_t *prepared, float *scores, int64_t ld)
 {
     const scalar_state *st = scalar_state_of(c);
+    scalar_fetch(st, page);
     const int64_t *w = (const int64_t *)scalar_query_quads((void *)prepared, scalar_padded(c));
     const int n_units = (c->head_dim + 4 * UNIT_QUADS(bits) - 1) / (4 * UNIT_QUADS(bits));
     for (int tok = 0; tok < n_tokens; tok += 8) {
@@ -154,6 +155,7 @@ INLINE void weigh(const int g, const float *p, int64_t ld, int n, const float *s
 INLINE void accumulate_block(const int bits, const int g, const kv_codec *c, const uint8_t *page, int n_tokens, const float *p, int64_t ld, float *acc)
 {
     const scalar_state *st = scalar_state_of(c);
+    scalar_fetch(st, page);
     for (int tok = 0; tok < n_tokens; tok += SCALAR_SEGMENT) {
         const int n = n_tokens - tok < SCALAR_SEGMENT ? n_tokens - tok : SCALAR_SEGMENT;
         const int n_units = (n + 4 * UNIT_QUADS(bits) - 1) / (4 * UNIT_QUADS(bits));

@@ -103,6 +103,7 @@ INLINE __mmask16 first(int n) { return n >= 16 ? 0xFFFF : n <= 0 ? 0 : (__mmask1
 INLINE void dot_block(const int bits, const int g, const kv_codec *c, const uint8_t *page, int n_tokens, const uint8_t *prepared, float *scores, int64_t ld)
 {
     const scalar_state *st = scalar_state_of(c);
+    scalar_fetch(st, page);
     const table t = load_table(bits, st);
     const int32_t *w = (const int32_t *)scalar_query_pairs((void *)prepared, scalar_padded(c));
     const size_t w_ld = c->query_bytes / 4;
@@ -170,6 +171,7 @@ INLINE void weigh(const int g, const float *p, int64_t ld, int n, const __m512 s
 INLINE void accumulate_block(const int bits, const int g, const kv_codec *c, const uint8_t *page, int n_tokens, const float *p, int64_t ld, float *acc)
 {
     const scalar_state *st = scalar_state_of(c);
+    scalar_fetch(st, page);
     const table t = load_table(bits, st);
     for (int tok = 0; tok < n_tokens; tok += SCALAR_SEGMENT) {
         const int n = n_tokens - tok < SCALAR_SEGMENT ? n_tokens - tok : SCALAR_SEGMENT;

