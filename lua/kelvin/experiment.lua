@@ -297,7 +297,7 @@ function M.run_file(path, opts)
     local arms, at = {}, 0
     for i, p in ipairs(group) do arms[i] = p.plan end
     local rows = require("kelvin.eval").run { model = model, tokens = ids, arms = arms, context = e.context, chunks = e.chunks, score = e.score, mode = e.mode,
-      calib = calib, seed = e.seed, on_progress = function(share, what) progress:update(share, 1, what) end,
+      calib = calib, seed = e.seed, first_group = 1, on_progress = function(share, what) progress:update(share, 1, what) end,
       on_row = function(row)
         at = at + 1
         local p = group[at]
