@@ -177,12 +177,13 @@ dist: all ctests
 	@$(CC) $(CSTD) $(WARN) $(CFLAGS) $(LUAJIT_CFLAGS) lua/host.c -Wl,-Bstatic -lluajit-5.1 -Wl,-Bdynamic -lm -ldl -rdynamic -o $(DIST)/bin/kelvin
 	@$(CC) $(CFLAGS) -shared -o $(DIST)/lib/libkelvin.so $(OBJ) $(LIBS) -Wl,-z,defs,-z,now,-z,nodelete,-rpath,'$$ORIGIN'
 	@for so in $$(ldd $(DIST)/lib/libkelvin.so | awk '/=> \// { print $$3 }' | grep -vE '/(libc|libm|libdl|libpthread|librt|ld-linux[^/]*)\.so'); do cp -L $$so $(DIST)/lib/; done
-	@mkdir -p $(DIST)/share/kelvin/busted $(DIST)/libexec && cp -R tests .busted $(DIST)/share/kelvin/
+	@mkdir -p $(DIST)/share/kelvin/busted $(DIST)/libexec && cp -R tests $(DIST)/share/kelvin/
 	@for m in $(BUSTED_MODULES); do [ ! -e $(LUA_SHARE)/$$m ] || cp -RL $(LUA_SHARE)/$$m $(DIST)/share/kelvin/busted/; done
 	@for m in term system lfs.so; do [ ! -e $(LUA_LIB)/$$m ] || cp -RL $(LUA_LIB)/$$m $(DIST)/share/kelvin/busted/; done
 	@cp -L $(LUA_SHARE)/argparse.lua $(DIST)/share/kelvin/lua/
 	@for t in $(CTESTS); do cp $$t $(DIST)/libexec/; done
 	@install -m 755 tests/kelvin-test.sh $(DIST)/bin/kelvin-test
+	@strip -g $(DIST)/bin/kelvin $(DIST)/lib/*.so* $(DIST)/libexec/* 2>/dev/null; true
 	@du -sh $(DIST) | awk '{ print "dist: " $$2 ", " $$1 }'
 
 # ---- specs under the project's own LuaJIT (.busted); the last line is `N passed, N failed, N skipped`.
