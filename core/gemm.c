@@ -1,15 +1,18 @@
 /* gemm.c -- the matrix products of prefill: OpenBLAS's sgemm, one call a thread, over weights dequantized in blocks.
  *
- * Tasks are blocks of output rows: a task dequantizes its rows once into scratch that stays in L2 and multiplies for every
- * lane.  Shapes depend on the weight and on n alone, and a product never spans two lanes, so that results are the same for
- * any number of threads and lanes: identical caches give identical logits. */
+ * Tasks are blocks of output rows: a task dequantizes its rows once into scratch and multiplies for every lane.  A product
+ * never spans two lanes, and rows are cut at whole kernels, so that results are the same for any number of threads and
+ * lanes: identical caches give identical logits. */
 #include <cblas.h>
 #include <pthread.h>
 #include "model.h"
 
 void openblas_set_num_threads(int n);
 
-enum { SCRATCH_FLOATS = 192 * 1536 /* 1.2 MB: a block of SmolLM2's widest rows, within half of a 2 MB L2 */, ROW_STEP = 16 /* rows of OpenBLAS's widest kernel */, MAX_ROWS = 192 };
+enum {
+    SCRATCH_FLOATS = 576 * 1536,              /* 3.5 MB: large blocks pay, since OpenBLAS packs the other side again for each one */
+    MAX_ROWS = 768, ROW_STEP = 16             /* rows of OpenBLAS's widest kernel */
+};
 
 static pthread_once_t once = PTHREAD_ONCE_INIT;
 static void single_thread(void) { openblas_set_num_threads(1); }
@@ -89,9 +92,9 @@ static void linear_task(void *ctx, int task, int thread)
 
 int kv_linear(const kv_weight *w, int n_lanes, int n, const float *const *x, float *const *y, const float *bias)
 {
-    /* About eight blocks a matrix, so that few threads end together; never more than the scratch holds. */
-    const int64_t fit = kv_max64(SCRATCH_FLOATS / w->n_in / ROW_STEP * ROW_STEP, ROW_STEP);
-    const int64_t rows = kv_min64(kv_min64(fit, MAX_ROWS), (int64_t)kv_round_up((size_t)(w->n_out + 7) / 8, ROW_STEP));
+    /* One block a thread.  A sum over k does not depend on where the rows are cut, as long as cuts are at whole kernels. */
+    const int64_t threads = kv_threads(), fit = kv_max64(SCRATCH_FLOATS / w->n_in / ROW_STEP * ROW_STEP, ROW_STEP);
+    const int64_t rows = kv_min64(kv_min64(fit, MAX_ROWS), (int64_t)kv_round_up((size_t)((w->n_out + threads - 1) / threads), ROW_STEP));
     linear_job job = { w, n_lanes, n, (int)rows, x, y, bias, KV_OK };
     kv_parallel((int)((w->n_out + rows - 1) / rows), linear_task, &job);
     const int status = atomic_load(&job.status);

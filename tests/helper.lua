@@ -68,7 +68,7 @@ end
 
 --- run(args [, stdin]): the built program's output (stdout and stderr together) and exit status.
 function M.run(args, stdin)
-  local exe = ("%s/bin/kelvin"):format(require("kelvin.ffi").folder)
+  local exe = M.program()
   local input = M.temporary()
   local f = assert(io.open(input, "wb"))
   f:write(stdin or "")
@@ -78,6 +78,14 @@ function M.run(args, stdin)
   p:close()
   local text, rc = out:match "^(.*)rc=(%d+)\n$"
   return text, tonumber(rc)
+end
+
+
+--- program(): the path of bin/kelvin in a build tree or in a relocatable one.
+function M.program()
+  local folder = require("kelvin.ffi").folder
+  local host = package.loaded["kelvin.host"]
+  return host and host.exe or folder .. "/bin/kelvin"
 end
 
 return M

@@ -42,17 +42,6 @@ ffi.cdef(text)
 ffi.cdef "int setenv(const char *name, const char *value, int overwrite);"
 ffi.C.setenv("OMP_WAIT_POLICY", "passive", 0)
 
--- OpenBLAS 0.3.21 takes processors newer than itself for a Haswell and leaves AVX-512 unused: sgemm at 48 instead of 71-89
--- GFLOP/s a core on a Sapphire Rapids.  Name the kernels when the processor has what they need; a user's own choice stands.
-local cpuinfo = io.open "/proc/cpuinfo"
-local flags = cpuinfo and cpuinfo:read(4096):match "flags%s*:([^\n]*)" or ""
-if cpuinfo then cpuinfo:close() end
-local wide = true
-for _, flag in ipairs { "avx512f", "avx512bw", "avx512dq", "avx512vl" } do
-  wide = wide and (flags .. " "):find(" " .. flag .. " ", 1, true) ~= nil
-end
-if wide then ffi.C.setenv("OPENBLAS_CORETYPE", "SKYLAKEX", 0) end
-
 local C = ffi.load(folder .. "/libkelvin.so")
 local lib_hash = ffi.string(C.kv_abi_hash())
 if lib_hash ~= hash then

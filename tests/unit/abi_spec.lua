@@ -27,12 +27,14 @@ describe("the boundary", function()
     local f = assert(io.open(folder .. "/kelvin_cdef.lua", "wb"))
     f:write 'return "const char *kv_abi_hash(void);", "9bc2000000000000"'
     f:close()
-    local script = ([[package.loaded["kelvin.host"] = { lib = "%s" } package.path = "%s/lua/?.lua;" .. package.path
+    local script = ([[package.loaded["kelvin.ffi"] = nil package.loaded["kelvin.host"] = { lib = "%s" } package.path = "%s/lua/?.lua;" .. package.path
       print(select(2, pcall(require, "kelvin.ffi")))]]):format(folder, K.root)
     local s = assert(io.open(folder .. "/s.lua", "wb"))
     s:write(script)
     s:close()
-    local p = io.popen(("'%s' '%s/s.lua' 2>&1"):format(arg and arg[-1] or "luajit", folder))
+    local host = package.loaded["kelvin.host"]
+    local runner = host and ("'%s' lua"):format(host.exe) or ("'%s'"):format(arg and arg[-1] or "luajit")
+    local p = io.popen(("%s '%s/s.lua' 2>&1"):format(runner, folder))
     local out = p:read "*a"
     p:close()
     os.execute(("rm -r '%s'"):format(folder))
