@@ -34,6 +34,9 @@ LIB     := $(BUILD)/libkelvin.so
 HOST    := $(BUILD)/bin/kelvin
 CTESTS  := $(patsubst tests/c/%.c,$(BUILD)/tests/%,$(sort $(wildcard tests/c/test_*.c)))
 
+# OpenBLAS chooses its kernels by the processor.  A pin in the caller's environment would be what the demo measures.
+unexport OPENBLAS_CORETYPE
+
 .DEFAULT_GOAL := all
 .PHONY: all
 all: $(LIB) $(HOST) cuda

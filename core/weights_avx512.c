@@ -92,6 +92,13 @@ KV_INLINE KV_AVX512 __m128 sum4(const __m512 *v)
     return _mm_add_ps(_mm256_castps256_ps128(f), _mm256_extractf128_ps(f, 1));
 }
 
+/* Ask for rows that come next while these are in work: memory and arithmetic then overlap. */
+KV_INLINE void fetch_rows(const kv_weight *w, int64_t row, int64_t end)
+{
+    const uint8_t *const to = w->data + (size_t)end * w->row_bytes;
+    for (const uint8_t *p = w->data + (size_t)row * w->row_bytes; p < to; p += 64) __builtin_prefetch(p);
+}
+
 KV_INLINE KV_AVX512 void matvec_of(int type, const kv_weight *w, const kv_act *a, int64_t row0, int64_t row1, float *y)
 {
     const int group = w_group(type);
@@ -112,7 +119,10 @@ KV_INLINE KV_AVX512 void matvec_of(int type, const kv_weight *w, const kv_act *a
                 bias[r] = _mm512_add_ps(bias[r], fold_scales(type, p + (size_t)r * w->row_bytes, n32, raw[r], scale + at / group, sum + at / group, ds[r]));
             const int8_t *const digits = kv_act_digits(a) + 2 * at;
             int r = 0;
-            for (; r + ROWS <= n_rows; r += ROWS) products(type, ROWS, p + (size_t)r * w->row_bytes, w->row_bytes, n32, digits, ds[r], acc + r);
+            for (; r + ROWS <= n_rows; r += ROWS) {
+                if (at == 0) fetch_rows(w, row + COMPANY + r, kv_min64(row + COMPANY + r + ROWS, w->n_out));
+                products(type, ROWS, p + (size_t)r * w->row_bytes, w->row_bytes, n32, digits, ds[r], acc + r);
+            }
             for (; r < n_rows; r++) products(type, 1, p + (size_t)r * w->row_bytes, w->row_bytes, n32, digits, ds[r], acc + r);
         }
         for (int r = 0; r < n_rows; r += 4) {
