@@ -149,7 +149,7 @@ packages:
 
 # The build is a make of its own: what pkg-config says may have changed since this one read it.
 demo: packages
-	@$(MAKE) --no-print-directory all
+	@$(MAKE) --no-print-directory -j$$(nproc) $(LIB) $(HOST)
 	@[ -n "$(MODEL)" ] || $(HOST) models get smollm2-135m
 	@$(HOST) run experiments/01_pareto.lua $(if $(MODEL),--model '$(MODEL)') $(if $(TEXT),--text '$(abspath $(TEXT))') $(if $(RESUME),--resume)
 
@@ -200,7 +200,7 @@ specs: $(LIB) $(HOST)
 # tests/c_spec.lua runs the C tests and the house rules, so busted's closing line counts everything.
 .PHONY: test
 test: packages
-	@$(MAKE) --no-print-directory all ctests
+	@$(MAKE) --no-print-directory -j$$(nproc) all ctests
 	@$(HOST) models get smollm2-135m > /dev/null || echo "test: without the model, specs that need it are skipped"
 	@FLAVOUR=$(FLAVOUR) $(BUSTED) $(SPECS)
 
