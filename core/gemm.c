@@ -1,8 +1,8 @@
 /* gemm.c -- the matrix products of prefill: OpenBLAS's sgemm, one call a thread, over weights dequantized in blocks.
  *
  * Tasks are blocks of output rows: a task dequantizes its rows once into scratch and multiplies for every lane.  A product
- * never spans two lanes, and rows are cut at whole kernels, so that results are the same for any number of threads and
- * lanes: identical caches give identical logits. */
+ * never spans two lanes, and shapes depend on the weight and on n alone, so that results are the same for any number of
+ * threads and lanes: identical caches give identical logits. */
 #include <cblas.h>
 #include <pthread.h>
 #include "model.h"
@@ -92,9 +92,10 @@ static void linear_task(void *ctx, int task, int thread)
 
 int kv_linear(const kv_weight *w, int n_lanes, int n, const float *const *x, float *const *y, const float *bias)
 {
-    /* One block a thread.  A sum over k does not depend on where the rows are cut, as long as cuts are at whole kernels. */
-    const int64_t threads = kv_threads(), fit = kv_max64(SCRATCH_FLOATS / w->n_in / ROW_STEP * ROW_STEP, ROW_STEP);
-    const int64_t rows = kv_min64(kv_min64(fit, MAX_ROWS), (int64_t)kv_round_up((size_t)((w->n_out + threads - 1) / threads), ROW_STEP));
+    /* Four blocks a matrix whatever the number of threads: OpenBLAS takes another kernel for small products, so where rows are
+     * cut decides the last bit. */
+    const int64_t fit = kv_max64(SCRATCH_FLOATS / w->n_in / ROW_STEP * ROW_STEP, ROW_STEP);
+    const int64_t rows = kv_min64(kv_min64(fit, MAX_ROWS), (int64_t)kv_round_up((size_t)((w->n_out + 3) / 4), ROW_STEP));
     linear_job job = { w, n_lanes, n, (int)rows, x, y, bias, KV_OK };
     kv_parallel((int)((w->n_out + rows - 1) / rows), linear_task, &job);
     const int status = atomic_load(&job.status);
