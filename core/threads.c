@@ -9,7 +9,7 @@
 
 enum {
     MAX_THREADS = 64,
-    PATIENCE = 2000,                          /* pauses before the core is offered to others: some 40 us, a region's usual imbalance */
+    PATIENCE = 2000,                          /* pauses before the core is offered to others */
     SPIN = 4000                               /* pauses and offers before a worker sleeps: longer than the gap between two regions of a token */
 };
 
