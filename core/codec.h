@@ -78,6 +78,8 @@ void kv_rows_accumulate(int dtype, const void *x, int64_t ld, int n_rows, int di
 
 /* Shared stages (hadamard.c, lloyd.c). */
 void kv_fwht(float *x, int n);                        /* one row, orthonormal, SIMD by level; same bits at every level */
+void kv_fwht_blocks(float *x, int n);                 /* any n: transforms of powers of two, largest first (96 = 64 + 32) */
+void kv_signs(double seed, int stream, int n, float *sign);   /* n random signs, +1 or -1 */
 float kv_dot16(const float *a, const float *b, int n);  /* 16 partial sums by index mod 16, then a fixed tree; same bits at every level */
 float kv_sumsq(const float *x, int n);                /* kv_dot16(x, x, n) */
 

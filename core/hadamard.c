@@ -114,6 +114,24 @@ void kv_fwht(float *x, int n)
     else fwht_c(x, n, scale);
 }
 
+void kv_fwht_blocks(float *x, int n)
+{
+    for (int at = 0; at < n;) {
+        const int size = 1 << (31 - __builtin_clz((unsigned)(n - at)));
+        kv_fwht(x + at, size);
+        at += size;
+    }
+}
+
+void kv_signs(double seed, int stream, int n, float *sign)
+{
+    for (int i = 0; i < n; i++) {             /* 128 signs a counter, lowest bit first */
+        uint32_t word[4];
+        kv_rng_u32((uint32_t)seed, 0, (uint32_t)stream, (uint32_t)i / 128, word);
+        sign[i] = word[i / 32 % 4] >> i % 32 & 1 ? -1.0f : 1.0f;
+    }
+}
+
 int kv_hadamard(float *x, int n_rows, int n)
 {
     RETURN_ERROR_IF(!x, KV_E_ARG, "kv_hadamard: x is NULL");

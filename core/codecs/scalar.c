@@ -137,11 +137,7 @@ static int draw_signs(kv_codec *c, scalar_state *s, double seed)
 {
     s->sign = kv_alloc_array((size_t)c->head_dim, sizeof *s->sign, false);
     if (!s->sign) return KV_E_NOMEM;
-    for (int i = 0; i < c->head_dim; i++) {   /* 128 signs a counter, lowest bit first */
-        uint32_t word[4];
-        kv_rng_u32((uint32_t)seed, 0, (uint32_t)(STREAM_SIGN + c->side), (uint32_t)i / 128, word);
-        s->sign[i] = word[i / 32 % 4] >> i % 32 & 1 ? -1.0f : 1.0f;
-    }
+    kv_signs(seed, STREAM_SIGN + c->side, c->head_dim, s->sign);
     return KV_OK;
 }
 
@@ -183,15 +179,6 @@ static void scalar_fini(kv_codec *c)
 
 /* ---- rotation ------------------------------------------------------------------------------------------------------- */
 
-static void transform_blocks(float *x, int d)
-{
-    for (int at = 0; at < d;) {
-        const int n = 1 << (31 - __builtin_clz((unsigned)(d - at)));
-        kv_fwht(x + at, n);
-        at += n;
-    }
-}
-
 /* out = R(x * by) */
 static void rotate(const kv_codec *c, const scalar_level *l, const float *x, float by, float *out)
 {
@@ -199,7 +186,7 @@ static void rotate(const kv_codec *c, const scalar_level *l, const float *x, flo
     float scaled[KV_MAX_HEAD_DIM];
     l->scale_row(x, s->sign, by, s->matrix ? scaled : out, c->head_dim);
     if (s->matrix) l->dense(s->matrix, scaled, out, c->head_dim);
-    else if (s->sign) transform_blocks(out, c->head_dim);
+    else if (s->sign) kv_fwht_blocks(out, c->head_dim);
 }
 
 /* out = R^-1(z) * by; z is overwritten */
@@ -208,7 +195,7 @@ static void rotate_back(const kv_codec *c, const scalar_level *l, float *z, floa
     const scalar_state *s = c->state;
     float turned[KV_MAX_HEAD_DIM];
     if (s->matrix) l->dense(s->inverse, z, turned, c->head_dim);
-    else if (s->sign) transform_blocks(z, c->head_dim);
+    else if (s->sign) kv_fwht_blocks(z, c->head_dim);
     l->scale_row(s->matrix ? turned : z, s->sign, by, out, c->head_dim);
 }
 
