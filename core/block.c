@@ -165,7 +165,9 @@ int kv_block_bytes(const kv_block *b, kv_bytes *out)
     const double tail = (double)b->n_heads * (b->n_tokens - b->n_coded) * b->codec->head_dim * 2;
     out->exact += tail;
     out->padding += (double)b->exact_bytes - tail;
-    out->total = (double)b->pages_bytes + (double)b->exact_bytes;
+    const double tables = (double)kv_round_up(b->codec->blob_bytes, 64);
+    out->shared += tables;
+    out->total = (double)b->pages_bytes + (double)b->exact_bytes + tables;
     return KV_OK;
 }
 

@@ -5,12 +5,21 @@
  *   exact                              rows of sinks and tail in use
  *   slack                              page slots and rows allocated and not in use, and rounding to 64-byte blocks
  *   state                              page tables and the books of each layer and side; the cache's own only in the grand total
- *   shared                             means: they belong to the plan, and every sequence of it shares them
+ *   shared                             means and codecs' calibrated tables: they belong to the plan, and every sequence of it
+ *                                      shares them; a codec in several slots counts in the first
  * Working memory is not the sequence's and not counted: a chunk's is gone after its commit, the token path's is a fixed few
  * pages a thread, and the page angles depend on the geometry alone. */
 #include "cache_impl.h"
 
 static double block(double n_bytes) { return n_bytes > 0 ? (double)kv_round_up((size_t)n_bytes, 64) : 0; }      /* as kv_alloc rounds */
+
+/* Whether no slot before this one has the same codec. */
+static int first_use(const kv_plan *p, const kv_slot *slot)
+{
+    for (const kv_slot *s = p->slot; s < slot; s++)
+        if (s->codec == slot->codec) return 0;
+    return 1;
+}
 
 static void add_store(const kv_cache *c, int layer, int head, int side, kv_bytes *b)
 {
@@ -33,6 +42,7 @@ static void add_store(const kv_cache *c, int layer, int head, int side, kv_bytes
     b->slack += sink_block - sinks + block(row * st->tail_rows) - tail;
     b->state += (double)sizeof *st + block((double)st->cap_pages * (double)sizeof *st->page);
     if (slot->mean) b->shared += (double)c->geo.head_dim * (double)sizeof(float);
+    if (slot->codec->blob && first_use(c->plan, slot)) b->shared += block((double)slot->codec->blob_bytes);
 }
 
 int kv_cache_bytes(const kv_cache *c, int layer, int side, kv_bytes *out)

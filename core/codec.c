@@ -6,14 +6,14 @@
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
-#include "codec.h"
+#include "calib.h"
 
 static const kv_codec_ops *const registry[] = {
 #define KV_CODEC(name) &kv_codec_##name,
 #include "codecs/registry.def"
 #undef KV_CODEC
 };
-enum { N_CODECS = sizeof registry / sizeof *registry };
+enum { N_CODECS = sizeof registry / sizeof *registry, MAX_BLOB = 1 << 30 /* bytes of one codec's tables */ };
 
 int kv_codec_count(void) { return N_CODECS; }
 
@@ -181,7 +181,12 @@ static int close_ledger(kv_codec *c)
     return KV_OK;
 }
 
-static int make(kv_codec **out, const kv_codec_ops *o, const double *value, int head_dim, int page_tokens, int side)
+int kv_codec_needs_blob(const kv_codec *c)
+{
+    return kv_set_error(KV_E_UNCALIBRATED, "codec '%s': needs calibration; make one with kv.calibrate{ model =, text = } (--calib FILE or --artifact FILE)", c->ops->name);
+}
+
+static int make(kv_codec **out, const kv_codec_ops *o, const double *value, int head_dim, int page_tokens, int side, const void *blob, size_t blob_bytes)
 {
     int status = KV_OK;
     kv_codec *c = kv_zalloc(sizeof *c);
@@ -195,11 +200,22 @@ static int make(kv_codec **out, const kv_codec_ops *o, const double *value, int 
     c->granule = 1;
     c->space_dim = head_dim;
     memcpy(c->value, value, sizeof c->value);
+    if (blob_bytes) {
+        void *copy = kv_alloc(blob_bytes);
+        if (!copy) {
+            kv_free(c);
+            return KV_E_NOMEM;
+        }
+        c->blob = memcpy(copy, blob, blob_bytes);
+        c->blob_bytes = blob_bytes;
+    }
     if (o->state_size && !(c->state = kv_zalloc(o->state_size))) {
+        kv_free((void *)c->blob);
         kv_free(c);
         return KV_E_NOMEM;
     }
     FAIL_IF_ERROR(write_params(o, c->value, c->text, sizeof c->text));
+    if ((o->caps & KV_CAP_CALIBRATED) && !c->blob) FAIL_IF_ERROR(kv_codec_needs_blob(c));
     FAIL_IF_ERROR(o->init(c));
     FAIL_IF_ERROR(close_ledger(c));
     *out = c;
@@ -220,16 +236,122 @@ static int check_shape(const kv_codec_ops *o, int head_dim, int page_tokens, int
     return KV_OK;
 }
 
-int kv_codec_new(kv_codec **out, const char *family, const char *params, int head_dim, int page_tokens, int side)
+/* What every constructor does first. */
+static int read_request(const kv_codec_ops **o, double *value, kv_codec **out, const char *family, const char *params, int head_dim, int page_tokens, int side)
 {
     RETURN_ERROR_IF(!out || !family, KV_E_ARG, "codec: NULL %s", out ? "family" : "handle");
     *out = NULL;
-    const kv_codec_ops *o = find(family);
-    if (!o) return KV_E_PARAM;
-    FORWARD_IF_ERROR(check_shape(o, head_dim, page_tokens, side));
+    *o = find(family);
+    if (!*o) return KV_E_PARAM;
+    FORWARD_IF_ERROR(check_shape(*o, head_dim, page_tokens, side));
+    return parse_params(*o, params, value);
+}
+
+int kv_codec_new_calibrated(kv_codec **out, const char *family, const char *params, int head_dim, int page_tokens, int side, const void *blob, double blob_bytes)
+{
+    const kv_codec_ops *o = NULL;
     double value[KV_CODEC_MAX_PARAMS] = { 0 };
-    FORWARD_IF_ERROR(parse_params(o, params, value));
-    return make(out, o, value, head_dim, page_tokens, side);
+    FORWARD_IF_ERROR(read_request(&o, value, out, family, params, head_dim, page_tokens, side));
+    RETURN_ERROR_IF(!(blob_bytes >= 0 && blob_bytes <= MAX_BLOB) || blob_bytes != floor(blob_bytes) || (blob_bytes > 0 && !blob), KV_E_ARG,
+                    "codec '%s': %g bytes of tables at %s are not 0..%d", o->name, blob_bytes, blob ? "an address" : "NULL", MAX_BLOB);
+    RETURN_ERROR_IF(blob_bytes > 0 && !(o->caps & (KV_CAP_CALIBRATED | KV_CAP_CALIBRATABLE)), KV_E_ARG, "codec '%s': %.0f bytes of tables given, it has none", o->name, blob_bytes);
+    return make(out, o, value, head_dim, page_tokens, side, blob, (size_t)blob_bytes);
+}
+
+int kv_codec_new(kv_codec **out, const char *family, const char *params, int head_dim, int page_tokens, int side)
+{
+    return kv_codec_new_calibrated(out, family, params, head_dim, page_tokens, side, NULL, 0);
+}
+
+int kv_codec_blob(const kv_codec *c, const void **blob, double *blob_bytes)
+{
+    RETURN_ERROR_IF(!c || !blob || !blob_bytes, KV_E_ARG, "codec: NULL %s", c ? "result" : "handle");
+    *blob = c->blob;
+    *blob_bytes = (double)c->blob_bytes;
+    return KV_OK;
+}
+
+/* With tables from m, where the parameters need any. */
+static int make_from(kv_codec **out, const kv_codec_ops *o, const double *value, int head_dim, int page_tokens, int side, const kv_moments *m)
+{
+    void *blob = NULL;
+    size_t blob_bytes = 0;
+    if (o->calibrate) {
+        kv_codec c = { .ops = o, .head_dim = head_dim, .page_tokens = page_tokens, .side = side, .caps = o->caps, .granule = 1, .space_dim = head_dim };
+        memcpy(c.value, value, sizeof c.value);
+        FORWARD_IF_ERROR(write_params(o, value, c.text, sizeof c.text));
+        FORWARD_IF_ERROR(o->calibrate(&c, m, &blob, &blob_bytes));
+    }
+    const int status = blob_bytes > MAX_BLOB ? kv_set_error(KV_E_INTERNAL, "codec '%s': %zu bytes of tables are over %d", o->name, blob_bytes, MAX_BLOB)
+                                             : make(out, o, value, head_dim, page_tokens, side, blob, blob_bytes);
+    kv_free(blob);
+    return status;
+}
+
+/* Any [rows, head_dim] view as rows without gaps; freed by the caller. */
+static int gather(const kv_tensor *t, const char *what, int head_dim, float **rows)
+{
+    FORWARD_IF_ERROR(kv_tensor_check(t, what));
+    RETURN_ERROR_IF(t->ndim != 2 || t->shape[1] != head_dim, KV_E_ARG, "%s: [rows, %d] is needed, %d dimensions and rows of %d given", what, head_dim, t->ndim, t->shape[t->ndim - 1]);
+    if (!(*rows = kv_alloc_array((size_t)t->shape[0] * (size_t)head_dim, sizeof(float), false))) return KV_E_NOMEM;
+    kv_tensor to = { .data = *rows, .dtype = KV_F32, .ndim = 2, .shape = { t->shape[0], head_dim }, .stride = { head_dim, 1 } };
+    return kv_tensor_copy(t, &to);
+}
+
+int kv_codec_fit(kv_codec **out, const char *family, const char *params, int head_dim, int page_tokens, int side, const kv_tensor *x, const kv_tensor *q)
+{
+    const kv_codec_ops *o = NULL;
+    double value[KV_CODEC_MAX_PARAMS] = { 0 };
+    float *rows = NULL, *queries = NULL;
+    kv_moments *m = NULL;
+    int status;
+    FORWARD_IF_ERROR(read_request(&o, value, out, family, params, head_dim, page_tokens, side));
+    FAIL_IF_ERROR(gather(x, "codec rows", head_dim, &rows));
+    if (q) FAIL_IF_ERROR(gather(q, "codec queries", head_dim, &queries));
+    FAIL_IF_ERROR(kv_moments_of_rows(&m, head_dim, side, rows, x->shape[0], queries, q ? q->shape[0] : 0));
+    status = make_from(out, o, value, head_dim, page_tokens, side, m);
+fail:
+    kv_moments_free(m);
+    kv_free(queries);
+    kv_free(rows);
+    return status;
+}
+
+/* Twice as many rows as dimensions, for a covariance of full rank. */
+static int make_nominal(kv_codec **out, const kv_codec_ops *o, const double *value, int head_dim, int page_tokens, int side)
+{
+    if (!o->calibrate) return make(out, o, value, head_dim, page_tokens, side, NULL, 0);
+    const int n = kv_max(64, 2 * head_dim);
+    float *rows = kv_alloc_array((size_t)n * (size_t)head_dim, sizeof(float), false);
+    kv_moments *m = NULL;
+    int status = rows ? kv_rng_normal(1, 0, 0, n * head_dim, rows) : KV_E_NOMEM;
+    if (status >= 0) status = kv_moments_of_rows(&m, head_dim, side, rows, n, NULL, 0);
+    if (status >= 0) status = make_from(out, o, value, head_dim, page_tokens, side, m);
+    kv_moments_free(m);
+    kv_free(rows);
+    return status;
+}
+
+int kv_codec_new_nominal(kv_codec **out, const char *family, const char *params, int head_dim, int page_tokens, int side)
+{
+    const kv_codec_ops *o = NULL;
+    double value[KV_CODEC_MAX_PARAMS] = { 0 };
+    FORWARD_IF_ERROR(read_request(&o, value, out, family, params, head_dim, page_tokens, side));
+    return make_nominal(out, o, value, head_dim, page_tokens, side);
+}
+
+int kv_codec_calibrate(kv_codec **out, const kv_calib *calib, const char *family, const char *params, int page_tokens, int layer, int head, int side, int page_rope, const float *mean)
+{
+    const kv_codec_ops *o = NULL;
+    double value[KV_CODEC_MAX_PARAMS] = { 0 };
+    kv_moments *m = NULL;
+    RETURN_ERROR_IF(!calib, KV_E_ARG, "codec: NULL calibration");
+    const int head_dim = calib->m->info.head_dim;
+    FORWARD_IF_ERROR(read_request(&o, value, out, family, params, head_dim, page_tokens, side));
+    FORWARD_IF_ERROR(kv_moments_new(&m, calib, layer, head, side, page_rope ? page_tokens : 0, mean));
+    const int status = make_from(out, o, value, head_dim, page_tokens, side, m);
+    kv_moments_free(m);
+    return status;
 }
 
 kv_codec *kv_codec_ref(kv_codec *c)
@@ -243,6 +365,7 @@ void kv_codec_free(kv_codec *c)
     if (!c || atomic_fetch_sub_explicit(&c->refs, 1, memory_order_acq_rel) != 1) return;
     if (c->ops->fini) c->ops->fini(c);
     kv_free(c->state);
+    kv_free((void *)c->blob);
     kv_free(c);
 }
 
@@ -268,7 +391,7 @@ static int search_bits(kv_codec *c, double target)
     for (double bits = o->params[i].min; bits <= o->params[i].max; bits += 1) {
         kv_codec *trial;
         value[i] = bits;
-        const int s = make(&trial, o, value, c->head_dim, c->page_tokens, c->side);
+        const int s = make_nominal(&trial, o, value, c->head_dim, c->page_tokens, c->side);
         if (s < 0) { status = s; continue; }
         const double off = fabs(8.0 * (double)trial->page_bytes / ((double)c->page_tokens * c->head_dim) - target);
         kv_codec_free(trial);

@@ -16,11 +16,19 @@
 
 enum { KV_CODEC_MAX_PARAMS = 16, KV_MAX_HEAD_DIM = 512, KV_MAX_PAGE = 1024, KV_MAX_GROUP = 64 /* query heads per K/V head in one call */ };
 
+typedef struct kv_moments kv_moments;   /* calib.h */
+
 typedef struct kv_codec_ops {
     const char     *name, *about, *source;
     const kv_param *params;        /* n_params entries */
     int             n_params, format, caps;
     size_t          state_size;    /* zeroed and freed by codec.c */
+
+    /* Calibrated tables, for a codec of KV_CAP_CALIBRATED (always needs them) or KV_CAP_CALIBRATABLE (some parameters do).
+     * c has its parameters and geometry and no state yet.  Writes the tables of one (layer, head, side) as bytes from kv_alloc:
+     * little-endian, float32 and integers, laid out as docs/formats.md says; NULL and 0 when these parameters need none.
+     * init finds a 64-byte aligned copy in c->blob, and checks it like any bytes from outside: length, ranges, finite. */
+    int  (*calibrate)(const kv_codec *c, const kv_moments *m, void **blob, size_t *blob_bytes);                /* optional */
 
     /* Reads c->value[], c->head_dim, c->page_tokens, c->side; fills c->granule, c->page (the ledger of one page, whose
      * total codec.c copies to page_bytes after rounding up to 64 with the rest counted as padding), c->bits_nominal,
@@ -56,6 +64,8 @@ struct kv_codec {
     double              value[KV_CODEC_MAX_PARAMS];   /* by index into ops->params */
     char                text[384];                    /* canonical parameters */
     int                 caps;                         /* ops->caps; init takes away what these parameters cannot do */
+    const void         *blob;                         /* calibrated tables: an own copy, 64-byte aligned, or NULL */
+    size_t              blob_bytes;                   /* as given; counted once per codec as a shared artifact */
     int                 granule, space_dim;
     size_t              page_bytes, query_bytes;
     kv_bytes            page;
@@ -64,6 +74,8 @@ struct kv_codec {
 };
 
 kv_codec *kv_codec_ref(kv_codec *c);
+/* For an init that finds out from its parameters that it needs tables: KV_E_UNCALIBRATED with the text that says how. */
+int kv_codec_needs_blob(const kv_codec *c);
 static inline int kv_codec_fused(const kv_codec *c) { return c->ops->dot != NULL && c->ops->accumulate != NULL; }
 
 /* The generic forms, by decoding a tile: what the fused ones are checked against (codec.c).

@@ -98,7 +98,8 @@ enum { KV_SIDE_K = 0, KV_SIDE_V = 1 };
 enum {
     KV_CAP_KEYS = 1, KV_CAP_VALUES = 2, KV_CAP_FUSED_CPU = 4, KV_CAP_CALIBRATED = 8, KV_CAP_LOSSLESS = 16,
     KV_CAP_CONTROL = 32,                   /* exists to fail: never in a comparison */
-    KV_CAP_FUSED_CUDA = 64
+    KV_CAP_FUSED_CUDA = 64,
+    KV_CAP_CALIBRATABLE = 128              /* some of its parameters need calibrated tables; KV_CAP_CALIBRATED: all do */
 };
 
 /* Bytes by purpose.  total is the sum of the others, and equals what is allocated. */
@@ -139,6 +140,14 @@ int  kv_codec_param_at(int index, int i, kv_param *out);
 int  kv_codec_new(kv_codec **out, const char *family, const char *params, int head_dim, int page_tokens, int side);
 void kv_codec_free(kv_codec *c);
 int  kv_codec_get_info(const kv_codec *c, kv_codec_info *out);
+/* With calibrated tables of one layer, head and side, as kv_codec_blob gave them: copied, and checked as bytes from outside. */
+int  kv_codec_new_calibrated(kv_codec **out, const char *family, const char *params, int head_dim, int page_tokens, int side, const void *blob, double blob_bytes);
+int  kv_codec_blob(const kv_codec *c, const void **blob, double *blob_bytes);   /* NULL and 0: has none */
+/* Calibrated on rows alone: x and q are f32 [rows, head_dim] in the frame that encode and dot will see; q may be NULL.
+ * A codec that needs no tables is made without. */
+int  kv_codec_fit(kv_codec **out, const char *family, const char *params, int head_dim, int page_tokens, int side, const kv_tensor *x, const kv_tensor *q);
+/* Calibrated on white noise: right for bytes and bits, not for coding. */
+int  kv_codec_new_nominal(kv_codec **out, const char *family, const char *params, int head_dim, int page_tokens, int side);
 /* The nearest legal bits setting for a target of stored bits per element; writes the params text to buf. */
 int  kv_codec_fit_bits(const char *family, const char *params, int head_dim, int side, double target, char *buf, int cap);
 
@@ -240,13 +249,16 @@ int  kv_sample(const float *logits, int n, const kv_sampler_params *p, double co
 
 typedef struct kv_calib kv_calib;
 enum { KV_CALIB_K = 0, KV_CALIB_K_PRE = 1, KV_CALIB_V = 2 };
-int  kv_calib_new(kv_calib **out, kv_model *m);
+int  kv_calib_new(kv_calib **out, kv_model *m, int n_sample);              /* rows kept of each slot; 0: 1024 */
 int  kv_calib_begin(kv_calib *c, const int32_t *tokens, int n, int skip);   /* one chunk, exact cache; first skip positions left out */
 int  kv_calib_step(kv_calib *c, int *more);                                 /* one layer at a time */
 int  kv_calib_mean(const kv_calib *c, int what, int layer, int head, float *mean);           /* [head_dim] */
 /* Mean of page-relative keys: R_p mean(k_pre), averaged over p = 0..page_tokens-1. */
 int  kv_calib_page_mean(const kv_calib *c, int layer, int head, int page_tokens, float *mean);
 int  kv_calib_count(const kv_calib *c, double *n_tokens);
+/* A codec for one slot, its tables made from what was collected.  page_rope: its keys are page-relative; mean: what the
+ * plan removes from this slot's rows, or NULL.  A codec that needs no tables is made without. */
+int  kv_codec_calibrate(kv_codec **out, const kv_calib *c, const char *family, const char *params, int page_tokens, int layer, int head, int side, int page_rope, const float *mean);
 void kv_calib_free(kv_calib *c);
 /* Mean of RoPE(key bias) over positions 0..n_positions-1 (a page's offsets for page-relative keys): needs no text. */
 int  kv_model_bias_mean(const kv_model *m, int layer, int head, int n_positions, float *mean);

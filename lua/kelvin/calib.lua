@@ -20,7 +20,7 @@ function M.new(model, o)
   local ids = o.tokens or model:tokenize(check.that(o.text, "calibrate: text = or tokens = is needed"), { add_special = false })
   local context, chunks, skip = o.context or 512, o.chunks or 8, o.skip or 4
   check.that(#ids >= context, "calibrate: %d tokens given, context=%d needs as many", #ids, context)
-  local h = K.handle("kv_calib", C.kv_calib_free, function(out) return C.kv_calib_new(out, model._m) end)
+  local h = K.handle("kv_calib", C.kv_calib_free, function(out) return C.kv_calib_new(out, model._m, o.sample or 0) end)
   local self = setmetatable({ _c = h, model = model, context = context, skip = skip, chunks = 0 }, Calib)
   local more, buf = ffi.new "int[1]", ffi.new("int32_t[?]", context)
   for chunk = 0, math.min(chunks, math.floor(#ids / context)) - 1 do
