@@ -122,6 +122,7 @@ function M.codecs(o)
     for _, name in ipairs(names) do
       log.progress(#rows / #names, name)
       local c = codec.new(name)
+      if c.has_tables then c = c:calibrated(x, { side = "k" }):calibrated(x, { side = "v" }) end
       local fused = c:info_for(dim).fused
       local k, v = c:encode(x, { side = "k" }), c:encode(x, { side = "v" })
       local codes = k:bytes().total

@@ -157,6 +157,8 @@ function M.new(name, params)
     check_params(name, f, c.side_params[side])
   end
   c.control = bit.band(f.caps, C.KV_CAP_CONTROL) ~= 0
+  c.needs_calibration = bit.band(f.caps, C.KV_CAP_CALIBRATED) ~= 0
+  c.has_tables = c.needs_calibration or bit.band(f.caps, C.KV_CAP_CALIBRATABLE) ~= 0
   return setmetatable(c, Codec)
 end
 
@@ -185,33 +187,70 @@ function Codec.__index:with(params) return M.new(self.name, merged(self.given, p
 
 local side_code = { k = C.KV_SIDE_K, v = C.KV_SIDE_V }
 
---- For modules here: the C codec for a head_dim, page length and side.
-function Codec.__index:_instance(head_dim, page_tokens, side)
+local function made(self, side, make)
+  local params = param_text(families[self.family], self.side_params[side])
+  return K.handle("kv_codec", C.kv_codec_free, function(out) return make(out, self.family, params) end)
+end
+
+local function instance_key(self, head_dim, page_tokens, side)
   page_tokens, side = page_tokens or M.PAGE_TOKENS, side or "k"
   check.that(side_code[side], "codec '%s': side '%s' is neither k nor v", self.name, tostring(side))
-  local key = head_dim .. "/" .. page_tokens .. "/" .. side
+  return head_dim .. "/" .. page_tokens .. "/" .. side, page_tokens, side
+end
+
+--- For modules here: the C codec for a head_dim, page length and side.
+function Codec.__index:_instance(head_dim, page_tokens, side)
+  local key
+  key, page_tokens, side = instance_key(self, head_dim, page_tokens, side)
   local c = self.instances[key]
   if not c then
-    local params = param_text(families[self.family], self.side_params[side])
-    c = K.handle("kv_codec", C.kv_codec_free, function(out) return C.kv_codec_new(out, self.family, params, head_dim, page_tokens, side_code[side]) end)
+    c = made(self, side, function(out, family, params) return C.kv_codec_new(out, family, params, head_dim, page_tokens, side_code[side]) end)
     self.instances[key] = c
     self.head_dim = self.head_dim or head_dim
   end
   return c
 end
 
+-- What tells bytes and bits: a codec of calibrated tables that was given none is made on white noise.
+local function to_describe(self, head_dim, page_tokens, side)
+  local key
+  key, page_tokens, side = instance_key(self, head_dim, page_tokens, side)
+  if not self.has_tables or self.instances[key] then return self:_instance(head_dim, page_tokens, side) end
+  self.nominal = self.nominal or {}
+  local c = self.nominal[key]
+  if not c then
+    c = made(self, side, function(out, family, params) return C.kv_codec_new_nominal(out, family, params, head_dim, page_tokens, side_code[side]) end)
+    self.nominal[key] = c
+    self.head_dim = self.head_dim or head_dim
+  end
+  return c
+end
+
+--- For kelvin.plan: the C codec of one slot, its tables made from a calibration.  mean: what the plan removes, or nil.
+function Codec.__index:_calibrated(calib, layer, head, side, page_tokens, page_rope, mean)
+  return made(self, side, function(out, family, params)
+    return C.kv_codec_calibrate(out, calib._c, family, params, page_tokens, layer - 1, head - 1, side_code[side], page_rope and 1 or 0, mean)
+  end)
+end
+
 doc("codec:info_for", [[
   c:info_for(head_dim, page_tokens = 64, side = "k") -> table
   What the codec is at a geometry: family, params (every one, canonical text), granule (tokens encoded at once), fused,
   page_bytes of one head's page, page (the same by purpose), bits_nominal (codes alone), bits_payload (all stored bits per
-  element).  c.info is the same at the head_dim it was last used with, or at 64.]])
+  element), table_bytes (calibrated tables, shared by all pages).  c.info is the same at the head_dim it was last used with, or at 64.]])
 function Codec.__index:info_for(head_dim, page_tokens, side)
-  local info = ffi.new "kv_codec_info[1]"
-  check(C.kv_codec_get_info(self:_instance(head_dim, page_tokens, side), info))
+  return M._info(to_describe(self, head_dim, page_tokens, side))
+end
+
+--- For modules here: the same of a C codec, with the bytes of its calibrated tables.
+function M._info(handle)
+  local info, blob, n = ffi.new "kv_codec_info[1]", ffi.new "const void*[1]", ffi.new "double[1]"
+  check(C.kv_codec_get_info(handle, info))
+  check(C.kv_codec_blob(handle, blob, n))
   local i = info[0]
   return { family = text(i.family), params = text(i.params), head_dim = i.head_dim, page_tokens = i.page_tokens, side = i.side == 0 and "k" or "v",
     caps = i.caps, format = i.format, granule = i.granule, fused = i.fused ~= 0, page_bytes = i.page_bytes, page = bytes.new(i.page, i.page_tokens * i.head_dim),
-    bits_nominal = i.bits_nominal, bits_payload = i.bits_payload, layout = ("%d tokens x %d dims in %d bytes, granule %d"):format(i.page_tokens, i.head_dim, i.page_bytes, i.granule) }
+    bits_nominal = i.bits_nominal, bits_payload = i.bits_payload, table_bytes = n[0], layout = ("%d tokens x %d dims in %d bytes, granule %d"):format(i.page_tokens, i.head_dim, i.page_bytes, i.granule) }
 end
 
 local methods = Codec.__index
@@ -260,6 +299,34 @@ function methods:encode(t, o)
   local b = K.handle("kv_block", C.kv_block_free, function(out) return C.kv_block_encode(out, c, view) end)
   return setmetatable({ _b = b, codec = self, side = o.side or "k", page_tokens = o.page_tokens or M.PAGE_TOKENS,
     heads = view.shape[0], tokens = view.shape[1], head_dim = head_dim, rows_only = t:_view().ndim == 2 }, Block)
+end
+
+doc("codec:calibrated", [[
+  c:calibrated(t [, { side = "k", queries =, page_tokens = 64 }]) -> codec
+  A codec whose tables are made from rows: t is f32 [heads, tokens, dim] or [tokens, dim], heads pooled; queries likewise.  For
+  trying a codec on a tensor; on a model, plans make tables for every layer and head (`?calibrate`).]])
+function methods:calibrated(t, o)
+  o = o or {}
+  local function rows(x)
+    local _, v = as_heads(x)
+    local flat = tensor.zeros { v.shape[0] * v.shape[1], v.shape[2] }
+    local view = ffi.new "kv_tensor"
+    view.data, view.dtype, view.ndim = flat:_view().data, C.KV_F32, 3
+    view.shape[0], view.shape[1], view.shape[2] = v.shape[0], v.shape[1], v.shape[2]
+    view.stride[0], view.stride[1], view.stride[2] = v.shape[1] * v.shape[2], v.shape[2], 1
+    check(C.kv_tensor_copy(v, view))
+    return flat
+  end
+  local x, q = rows(t), o.queries and rows(o.queries)
+  local head_dim = x:_view().shape[1]
+  local c = M.new(self.name, self.given)
+  local key, page_tokens, side = instance_key(c, head_dim, o.page_tokens, o.side)
+  for old, handle in pairs(self.instances) do c.instances[old] = handle end
+  c.instances[key] = made(c, side, function(out, family, params)
+    return C.kv_codec_fit(out, family, params, head_dim, page_tokens, side_code[side], x:_view(), q and q:_view() or nil)
+  end)
+  c.head_dim = head_dim
+  return c
 end
 
 doc("codec:roundtrip", [[

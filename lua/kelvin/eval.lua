@@ -183,7 +183,8 @@ local function make_row(run, e, i, arm)
   table.sort(dp)
   local row = {
     arm = arm.name, k = arm.k, v = arm.v, model = model.name, context = context, n_scored = s.n, chunks = run.chunks, semantics = o.mode, seed = arm.seed,
-    bits_nominal = arm.plan.bits_nominal.mean, bits_payload = arm.plan.bits_payload.mean, bits_allin = ledger.bits,
+    bits_nominal = arm.plan.bits_nominal.mean, bits_payload = arm.plan.bits_payload.mean,
+    bits_allin = 8 * (ledger.total - ledger.shared) / ledger.elements, bits_shared = 8 * ledger.shared / ledger.elements,
     bits_k = arm.plan.bits_payload.k, bits_v = arm.plan.bits_payload.v, bytes = setmetatable(ledger, nil),
     kld = { mean = s.mean, se = s.se, ci_lo = s.ci_lo, ci_hi = s.ci_hi, median = s.median, p90 = s.p90, p95 = s.p95, p99 = s.p99, p999 = s.p999, max = s.max,
       min = s.min, p10 = s.p10, p05 = s.p05, p01 = s.p01, p001 = s.p001 },
@@ -232,9 +233,10 @@ doc("kv.eval", [[
   model wants one, as llama-perplexity does).  score: "second-half" (positions context/2 … context-2) or "all".
   mode: "visibility" (one pass, each query sees what decoding would have) or "stream" (token by token).
   arms: texts, tables for kv.policy.uniform, policies, plans; or a table of these by name.
-  A row: arm k v model context n_scored bits_nominal bits_payload bits_allin kld.{mean,se,ci_lo,ci_hi,median,p90,p95,p99,p999,max}
+  A row: arm k v model context n_scored bits_nominal bits_payload bits_allin bits_shared kld.{mean,se,ci_lo,ci_hi,median,p90,p95,p99,p999,max}
   same_top1 ppl ppl_ref ppl_ratio cor rms_dp depth compressed_pair_fraction controls.{identity,canary,mutation} path status.
-  KLD in nats; ci by block bootstrap over chunks.  status: ok, VACUOUS (under half of the pairs were served compressed) or error.
+  bits_allin: everything that a sequence holds; bits_shared: means and calibrated tables, which all sequences of a model share,
+  as they would weigh on one sequence of this context.  KLD in nats; ci by block bootstrap over chunks.  status: ok, VACUOUS (under half of the pairs were served compressed) or error.
   tostring(rows) is a table.  Ctrl-C keeps the rows that are complete.]])
 function M.run(o)
   local settings = { context = 512, chunks = 30, score = "second-half", mode = "visibility", sink = 0, recent = 0 }

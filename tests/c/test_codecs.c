@@ -202,7 +202,7 @@ static void try_params(const char *family, const char *params, int head_dim, int
 {
     kv_codec *c, *again;
     kv_codec_info info;
-    const int status = kv_codec_new(&c, family, params, head_dim, page_tokens, side);
+    const int status = kv_codec_new_nominal(&c, family, params, head_dim, page_tokens, side);
     if (status < 0) {
         n_refused++;
         CHECK((status == KV_E_PARAM || status == KV_E_UNSUPPORTED) && strncmp(kv_last_error(), "codec '", 7) == 0 && !strchr(kv_last_error(), '\n'),
@@ -211,7 +211,7 @@ static void try_params(const char *family, const char *params, int head_dim, int
     }
     n_made++;
     CHECK(kv_codec_get_info(c, &info) == KV_OK && info.page_bytes == (double)c->page_bytes, "info");
-    CHECK(kv_codec_new(&again, family, info.params, head_dim, page_tokens, side) == KV_OK && strcmp(again->text, info.params) == 0,
+    CHECK(kv_codec_new_calibrated(&again, family, info.params, head_dim, page_tokens, side, c->blob, (double)c->blob_bytes) == KV_OK && strcmp(again->text, info.params) == 0,
           "%s: canonical text '%s' does not read back as itself", family, info.params);
     kv_codec_free(again);
     check_instance(c, attention);
