@@ -282,8 +282,8 @@ static int one_layer(kv_forward *f)
     const kv_model *m = f->m;
     const kv_layer *y = &m->layer[f->layer];
     const product qkv[] = { { &y->wq, y->bq, offsetof(lane, q) }, { &y->wk, y->bk, offsetof(lane, k) }, { &y->wv, y->bv, offsetof(lane, v) } };
-    const product out = { &y->wo, NULL, offsetof(lane, h) }, ffn[] = { { &y->w_gate, NULL, offsetof(lane, gate) }, { &y->w_up, NULL, offsetof(lane, up) } };
-    const product down = { &y->w_down, NULL, offsetof(lane, h) };
+    const product out = { &y->wo, y->bo, offsetof(lane, h) }, ffn[] = { { &y->w_gate, y->b_gate, offsetof(lane, gate) }, { &y->w_up, y->b_up, offsetof(lane, up) } };
+    const product down = { &y->w_down, y->b_down, offsetof(lane, h) };
 
     rows(f, ROW_ATTN_IN, y);
     FORWARD_IF_ERROR(multiply(f, qkv, 3, offsetof(lane, h)));

@@ -15,16 +15,19 @@ typedef struct arch {
     int   post_norm;          /* norms after attention and after the feed-forward */
     int   scaled_embed;       /* embeddings times sqrt(n_embd) */
     int   activation;
+    /* What a file may leave unsaid */
     int   global_every;       /* 0: all layers global; n: layer l is global when (l + 1) % n == 0 */
-    double local_rope_base;   /* of sliding layers; 0: the same */
+    int   window;             /* of sliding layers; 0: without a word, there are none */
+    double local_rope_base;   /* of sliding layers, which then have no RoPE scaling; 0: as the global ones */
+    double score_cap, logit_cap;
 } arch;
 
 static const arch archs[] = {
-    { "llama",  1, 0, 0, 0, 0, KV_ACT_SILU,      0, 0 },
-    { "qwen2",  0, 1, 0, 0, 0, KV_ACT_SILU,      0, 0 },
-    { "qwen3",  0, 0, 1, 0, 0, KV_ACT_SILU,      0, 0 },
-    { "gemma2", 0, 0, 0, 1, 1, KV_ACT_GELU_TANH, 2, 0 },
-    { "gemma3", 0, 0, 1, 1, 1, KV_ACT_GELU_TANH, 6, 10000.0 },
+    { "llama",  1, 0, 0, 0, 0, KV_ACT_SILU,      0, 0,    0,       0,  0 },
+    { "qwen2",  0, 1, 0, 0, 0, KV_ACT_SILU,      0, 0,    0,       0,  0 },
+    { "qwen3",  0, 0, 1, 0, 0, KV_ACT_SILU,      0, 0,    0,       0,  0 },
+    { "gemma2", 0, 0, 0, 1, 1, KV_ACT_GELU_TANH, 2, 4096, 0,       50, 30 },
+    { "gemma3", 0, 0, 1, 1, 1, KV_ACT_GELU_TANH, 6, 0,    10000.0, 0,  0 },
 };
 enum { N_ARCHS = sizeof archs / sizeof *archs, MAX_LAYERS = 1024 };
 
@@ -33,11 +36,12 @@ typedef struct owned {        /* what the model allocates besides its layers */
     double  *freq;            /* [2][n_rot/2]: global, then local */
     kv_rope *rope;
     int     *sliding;
+    double   local_base;
 } owned;
 
 /* ---- reading with checks */
 
-typedef struct loader { kv_model *m; const kv_gguf *g; const arch *a; const char *path; } loader;
+typedef struct loader { kv_model *m; const kv_gguf *g; const arch *a; const char *path; bool *taken; /* tensors, by their place in the file */ } loader;
 
 static int get_number(const loader *ld, const char *key, double lo, double hi, double *v)   /* 1 read, 0 absent, < 0 error */
 {
@@ -78,6 +82,7 @@ static int load_weight(const loader *ld, const char *name, int64_t n_in, int64_t
         "%s: tensor '%s' is %lld x %lld, expected %lld x %lld", ld->path, name, (long long)t->dim[0], (long long)rows, (long long)n_in, (long long)n_out);
     RETURN_ERROR_IF(n_in % block, KV_E_CORRUPT, "%s: tensor '%s' has rows of %lld values, not a multiple of %d (%s)", ld->path, name, (long long)n_in, block, kv_weight_type_name(t->type));
     *w = (kv_weight){ .type = t->type, .n_in = n_in, .n_out = n_out, .row_bytes = (size_t)(n_in / block) * (size_t)bytes, .data = t->data };
+    ld->taken[t - kv_gguf_tensor_at(ld->g, 0)] = true;
     RETURN_ERROR_IF(t->n_bytes / w->row_bytes < (size_t)n_out, KV_E_CORRUPT, "%s: tensor '%s' has %zu bytes, needs %lld rows of %zu", ld->path, name, t->n_bytes, (long long)n_out, w->row_bytes);
     return KV_OK;
 }
@@ -162,6 +167,43 @@ static int load_shape(loader *ld)
     return KV_OK;
 }
 
+/* What 1 / frequency is multiplied by: linear scaling is also what a factor without a type means, under its old name too. */
+static int rope_factor(const loader *ld, double *factor)
+{
+    const char *type = "linear";
+    size_t len = 6;
+    char key[96];
+    *factor = 1;
+    snprintf(key, sizeof key, "%s.rope.scaling.type", ld->a->name);
+    kv_gguf_string(ld->g, key, &type, &len);
+    if (len == 4 && !memcmp(type, "none", 4)) return KV_OK;
+    RETURN_ERROR_IF(len != 6 || memcmp(type, "linear", 6), KV_E_UNSUPPORTED, "%s: rope scaling '%.*s' is not supported (allowed: none, linear, Llama 3's factors)", ld->path, (int)kv_min64((int64_t)len, 40), type);
+    FORWARD_IF_ERROR(opt_number(ld, "rope.scale_linear", 1, 1e6, 1, factor));
+    return opt_number(ld, "rope.scaling.factor", 1, 1e6, *factor, factor);
+}
+
+/* The window of each layer, 0 where it is global: by the file's list of sliding layers, by its period, or the family's. */
+static int load_windows(const loader *ld, int *window)
+{
+    double size, every, sliding;
+    char key[96];
+    int type;
+    size_t n = 0;
+    FORWARD_IF_ERROR(opt_number(ld, "attention.sliding_window", 0, 1 << 28, ld->a->window, &size));
+    if (!ld->a->global_every || size < 1) return KV_OK;
+    const int n_layers = ld->m->info.n_layers;
+    snprintf(key, sizeof key, "%s.attention.sliding_window_pattern", ld->a->name);
+    const bool listed = kv_gguf_array(ld->g, key, &type, &n);
+    RETURN_ERROR_IF(listed && n < (size_t)n_layers, KV_E_CORRUPT, "%s: %s has %zu entries for %d layers", ld->path, key, n, n_layers);
+    FORWARD_IF_ERROR(opt_number(ld, "attention.sliding_window_pattern", 0, MAX_LAYERS, ld->a->global_every, &every));
+    for (int l = 0; l < n_layers; l++) {
+        sliding = every < 1 || (l + 1) % (int)every != 0;
+        if (listed) kv_gguf_array_number(ld->g, key, (size_t)l, &sliding);
+        if (sliding != 0) window[l] = (int)size;
+    }
+    return KV_OK;
+}
+
 /* Frequencies in double; positions times frequencies are exact to 1e-10 at a million tokens. */
 static int load_rope(loader *ld)
 {
@@ -169,34 +211,25 @@ static int load_rope(loader *ld)
     owned *o = m->owned;
     const kv_model_info *s = &m->info;
     const int half = s->n_rot / 2;
-    double factor = 1, sliding = 0;
-    const char *type = NULL;
-    size_t len = 0;
-    char key[96];
-    snprintf(key, sizeof key, "%s.rope.scaling.type", ld->a->name);
-    const bool scaled = kv_gguf_string(ld->g, key, &type, &len) && !(len == 4 && !memcmp(type, "none", 4));
-    RETURN_ERROR_IF(scaled && !(len == 6 && !memcmp(type, "linear", 6)), KV_E_UNSUPPORTED, "%s: rope scaling '%.*s' is not supported (allowed: none, linear)", ld->path, (int)kv_min64((int64_t)len, 40), type);
-    if (scaled) FORWARD_IF_ERROR(opt_number(ld, "rope.scaling.factor", 1, 1e6, 1, &factor));
-    FORWARD_IF_ERROR(opt_number(ld, "attention.sliding_window", 0, 1 << 28, 0, &sliding));
-    RETURN_ERROR_IF(ld->a->global_every && sliding < 1, KV_E_CORRUPT, "%s: %s.attention.sliding_window is missing", ld->path, ld->a->name);
+    const bool own_base = ld->a->local_rope_base > 0;
+    double factor;
+    FORWARD_IF_ERROR(rope_factor(ld, &factor));
+    FORWARD_IF_ERROR(opt_number(ld, "rope.freq_base_swa", 1, 1e12, own_base ? ld->a->local_rope_base : s->rope_base, &o->local_base));
     o->freq = kv_alloc_array((size_t)kv_max(half, 1) * 2, sizeof *o->freq, true);
     o->rope = kv_alloc_array((size_t)s->n_layers, sizeof *o->rope, true);
     o->sliding = kv_alloc_array((size_t)s->n_layers, sizeof *o->sliding, true);
     if (!o->freq || !o->rope || !o->sliding) return KV_E_NOMEM;
+    FORWARD_IF_ERROR(load_windows(ld, o->sliding));
 
     float *divide = NULL;                     /* Llama 3's frequency factors */
     FORWARD_IF_ERROR(load_vector(ld, "rope_freqs.weight", kv_max(half, 1), true, &divide));
-    const double local = ld->a->local_rope_base > 0 ? ld->a->local_rope_base : s->rope_base;
     for (int i = 0; i < half; i++) {
-        o->freq[i] = pow(s->rope_base, -2.0 * i / s->n_rot) / factor / (divide && divide[i] > 0 ? divide[i] : 1);
-        o->freq[half + i] = pow(local, -2.0 * i / s->n_rot);
+        const double by = factor * (divide && divide[i] > 0 ? divide[i] : 1), power = -2.0 * i / s->n_rot;
+        o->freq[i] = pow(s->rope_base, power) / by;
+        o->freq[half + i] = pow(o->local_base, power) / (own_base ? 1 : by);
     }
     kv_free(divide);
-    for (int l = 0; l < s->n_layers; l++) {
-        const bool global = !ld->a->global_every || (l + 1) % ld->a->global_every == 0;
-        o->rope[l] = (kv_rope){ s->n_rot, global ? o->freq : o->freq + half };
-        o->sliding[l] = global ? 0 : (int)sliding;
-    }
+    for (int l = 0; l < s->n_layers; l++) o->rope[l] = (kv_rope){ s->n_rot, o->sliding[l] ? o->freq + half : o->freq };
     m->geo = (kv_geometry){ s->n_layers, s->n_heads, s->n_kv_heads, s->head_dim, o->rope, o->sliding };
     return KV_OK;
 }
@@ -221,6 +254,10 @@ static int load_layer(loader *ld, int l)
     FORWARD_IF_ERROR(load_vector(ld, NAME("attn_q.bias"), nq, !ld->a->qkv_bias, &y->bq));
     FORWARD_IF_ERROR(load_vector(ld, NAME("attn_k.bias"), nk, !ld->a->qkv_bias, &y->bk));
     FORWARD_IF_ERROR(load_vector(ld, NAME("attn_v.bias"), nk, !ld->a->qkv_bias, &y->bv));
+    FORWARD_IF_ERROR(load_vector(ld, NAME("attn_output.bias"), e, true, &y->bo));
+    FORWARD_IF_ERROR(load_vector(ld, NAME("ffn_gate.bias"), s->n_ff, true, &y->b_gate));
+    FORWARD_IF_ERROR(load_vector(ld, NAME("ffn_up.bias"), s->n_ff, true, &y->b_up));
+    FORWARD_IF_ERROR(load_vector(ld, NAME("ffn_down.bias"), e, true, &y->b_down));
     if (ld->a->qk_norm) {
         FORWARD_IF_ERROR(load_vector(ld, NAME("attn_q_norm.weight"), d, false, &y->q_norm));
         FORWARD_IF_ERROR(load_vector(ld, NAME("attn_k_norm.weight"), d, false, &y->k_norm));
@@ -297,13 +334,13 @@ static int load(loader *ld)
     const kv_model_info *s = &m->info;
     if (!(m->layer = kv_alloc_array((size_t)s->n_layers, sizeof *m->layer, true))) return KV_E_NOMEM;
     double softcap;
-    FORWARD_IF_ERROR(opt_number(ld, "attn_logit_softcapping", 0, 1e6, 0, &softcap));
+    FORWARD_IF_ERROR(opt_number(ld, "attn_logit_softcapping", 0, 1e6, ld->a->score_cap, &softcap));
     for (int l = 0; l < s->n_layers; l++) {
         FORWARD_IF_ERROR(load_layer(ld, l));
         m->layer[l].scale = (float)attention_scale(s);
         m->layer[l].softcap = (float)softcap;
     }
-    FORWARD_IF_ERROR(opt_number(ld, "final_logit_softcapping", 0, 1e6, 0, &softcap));
+    FORWARD_IF_ERROR(opt_number(ld, "final_logit_softcapping", 0, 1e6, ld->a->logit_cap, &softcap));
     m->final_softcap = (float)softcap;
     m->activation = ld->a->activation;
     m->embed_scale = ld->a->scaled_embed ? (float)sqrt((double)s->n_embd) : 1;
@@ -313,6 +350,9 @@ static int load(loader *ld)
     FORWARD_IF_ERROR(load_vector(ld, "output_norm.weight", s->n_embd, false, &m->out_norm));
     FORWARD_IF_ERROR(kv_tokenizer_new(&m->tok, ld->g));
     RETURN_ERROR_IF(kv_tokenizer_n_vocab(m->tok) > s->n_vocab, KV_E_CORRUPT, "%s: tokenizer has %d tokens, the embedding only %d", ld->path, kv_tokenizer_n_vocab(m->tok), s->n_vocab);
+    /* A tensor that nothing here reads is a part of the model that would be left out without a word. */
+    for (int i = 0; i < kv_gguf_n_tensors(ld->g); i++)
+        RETURN_ERROR_IF(!ld->taken[i], KV_E_UNSUPPORTED, "%s: tensor '%s' is not part of architecture '%s' as it is known here", ld->path, kv_gguf_tensor_at(ld->g, i)->name, ld->a->name);
     describe(ld);
     return KV_OK;
 }
@@ -327,13 +367,18 @@ int kv_model_open(kv_model **out, const char *path)
     if (!m) return KV_E_NOMEM;
     atomic_init(&m->refs, 1);
     int status = KV_E_NOMEM;
+    loader ld = { .m = m, .path = path };
     if (!(m->owned = kv_zalloc(sizeof(owned)))) goto fail;
     FAIL_IF_ERROR(kv_gguf_open(&m->gguf, path));
-    loader ld = { m, m->gguf, NULL, path };
+    ld.g = m->gguf;
+    status = KV_E_NOMEM;
+    if (!(ld.taken = kv_alloc_array((size_t)kv_gguf_n_tensors(ld.g) + 1, sizeof *ld.taken, true))) goto fail;
     FAIL_IF_ERROR(load(&ld));
     *out = m;
-    return KV_OK;
+    m = NULL;
+    status = KV_OK;
 fail:
+    kv_free(ld.taken);
     kv_model_free(m);
     return status;
 }
@@ -349,7 +394,7 @@ void kv_model_free(kv_model *m)
     if (!m || atomic_fetch_sub(&m->refs, 1) > 1) return;
     for (int l = 0; m->layer && l < m->info.n_layers; l++) {
         kv_layer *y = &m->layer[l];
-        float *const vectors[] = { y->bq, y->bk, y->bv, y->attn_norm, y->ffn_norm, y->q_norm, y->k_norm, y->post_attn_norm, y->post_ffn_norm };
+        float *const vectors[] = { y->bq, y->bk, y->bv, y->bo, y->b_gate, y->b_up, y->b_down, y->attn_norm, y->ffn_norm, y->q_norm, y->k_norm, y->post_attn_norm, y->post_ffn_norm };
         for (size_t i = 0; i < sizeof vectors / sizeof *vectors; i++) kv_free(vectors[i]);
         kv_free(y->wq.owned);
         kv_free(y->wk.owned);
@@ -386,10 +431,7 @@ int kv_model_layer(const kv_model *m, int layer, kv_layer_info *out)
 {
     FORWARD_IF_ERROR(check_layer(m, layer));
     RETURN_ERROR_IF(!out, KV_E_ARG, "kv_model_layer: NULL argument");
-    const bool local = m->geo.rope[layer].freq != ((const owned *)m->owned)->freq;
-    double base = m->info.rope_base;
-    for (int i = 0; i < N_ARCHS; i++)
-        if (local && !strcmp(archs[i].name, m->info.arch) && archs[i].local_rope_base > 0) base = archs[i].local_rope_base;
+    const double base = m->geo.sliding[layer] ? ((const owned *)m->owned)->local_base : m->info.rope_base;
     *out = (kv_layer_info){ m->geo.sliding[layer], base, m->info.n_rot ? m->geo.rope[layer].freq[0] : 1 };
     return KV_OK;
 }

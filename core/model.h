@@ -57,7 +57,7 @@ int    kv_linear(const kv_weight *w, int n_lanes, int n, const float *const *x, 
 /* ---- the model (model.c) */
 typedef struct kv_layer {
     kv_weight wq, wk, wv, wo, w_gate, w_up, w_down;
-    float *bq, *bk, *bv;                                   /* or NULL */
+    float *bq, *bk, *bv, *bo, *b_gate, *b_up, *b_down;     /* or NULL */
     float *attn_norm, *ffn_norm, *q_norm, *k_norm, *post_attn_norm, *post_ffn_norm;   /* or NULL */
     float scale, softcap;
 } kv_layer;
