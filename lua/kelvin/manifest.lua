@@ -15,7 +15,7 @@ function M.quote(s) return "'" .. tostring(s):gsub("'", "'\\''") .. "'" end
 function M.capture(command)
   local p = io.popen("{ " .. command .. " ; } 2>&1; echo \"exit $?\"", "r")
   if not p then return "", false end
-  local out = p:read("*a")
+  local out = p:read("*a") or ""         -- nil when a signal cuts the read short
   p:close()
   local text, code = out:match "^(.*)exit (%d+)\n$"
   return ((text or out):gsub("%s+$", "")), code == "0", tonumber(code)
