@@ -23,7 +23,7 @@ CFLAGS.fuzz    := -O1 -g -fsanitize=fuzzer-no-link,address,undefined -fno-omit-f
 CFLAGS  ?= $(CFLAGS.$(FLAVOUR))
 KV_CFLAGS = $(CSTD) $(WARN) $(CFLAGS) -fPIC -fvisibility=hidden -ffp-contract=off -pthread -Icore -I$(BUILD) $(PKG_CFLAGS)
 
-PKGS    := openblas libcjson libpcre2-8 libedit
+PKGS    := openblas libcjson libpcre2-8 libedit zlib liblzma
 PKG_CFLAGS := $(shell pkg-config --cflags $(PKGS) 2>/dev/null)
 PKG_LIBS   := $(shell pkg-config --libs $(PKGS) 2>/dev/null)
 LIBS    = $(PKG_LIBS) -lm -lpthread -ldl
@@ -132,7 +132,7 @@ build/fuzz/bin/%: tests/fuzz/%.c $(OBJ)
 	@$(CC) $(subst fuzzer-no-link,fuzzer,$(KV_CFLAGS)) $< $(OBJ) $(LIBS) -o $@
 
 # ---- the demo: from a bare machine to a Pareto plot.  MODEL=path.gguf and TEXT=path.txt measure your own; RESUME=1 goes on.
-APT_PACKAGES := gcc make pkg-config git libc6-dev libluajit-5.1-dev luajit libcjson-dev libpcre2-dev libopenblas-dev libedit-dev \
+APT_PACKAGES := gcc make pkg-config git libc6-dev libluajit-5.1-dev luajit libcjson-dev libpcre2-dev libopenblas-dev libedit-dev zlib1g-dev liblzma-dev \
                 lua-argparse lua-busted lua-check python3-pip unzip ca-certificates
 MODEL ?=
 TEXT  ?=
