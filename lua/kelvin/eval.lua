@@ -130,7 +130,7 @@ local function mutation(model, plan, buf, context)
   end
   local ids = {}
   for i = 1, n + 1 do ids[i] = buf[i - 1] end
-  local s = model:session { plan = plan, max_tokens = n + 2 }
+  local s = model:session { plan = plan, max_tokens = n + 1 }
   s:feed({ unpack(ids, 1, n) }, { logits = "none" })
   local fork = s:fork()
   local flipped = fork:mutate(MUTATION_SHARE, 1)
@@ -197,6 +197,7 @@ local function make_row(run, e, i, arm)
     status = fraction < VACUOUS and "VACUOUS" or "ok", ranked = fraction >= VACUOUS and not arm.plan.control,
     ppl_inverted = s.ppl < s.ppl_ref or nil,
   }
+  row.warnings = run.warnings
   local depth = require("kelvin.json").array {}
   for d = 1, #DEPTHS - 1 do
     local lo, hi = DEPTHS[d], DEPTHS[d + 1]
@@ -237,6 +238,7 @@ doc("kv.eval", [[
   same_top1 ppl ppl_ref ppl_ratio cor rms_dp depth compressed_pair_fraction controls.{identity,canary,mutation} path status.
   bits_allin: everything that a sequence holds; bits_shared: means and calibrated tables, which all sequences of a model share,
   as they would weigh on one sequence of this context.  KLD in nats; ci by block bootstrap over chunks.  status: ok, VACUOUS (under half of the pairs were served compressed) or error.
+  warnings: what to know before believing the row, such as a context beyond the model's training; absent when there is nothing.
   tostring(rows) is a table.  Ctrl-C keeps the rows that are complete.]])
 function M.run(o)
   local settings = { context = 512, chunks = 30, score = "second-half", mode = "visibility", sink = 0, recent = 0 }
@@ -253,6 +255,8 @@ function M.run(o)
   check.that(chunks >= 1, "kv.eval: %d tokens given, context=%d needs as many for one chunk", #ids, o.context)
 
   local run = { model = model, o = o, chunks = chunks, score_from = o.score == "all" and 0 or math.floor(o.context / 2) }
+  local beyond = model:_beyond(o.context)
+  run.warnings = beyond and { beyond } or nil
   local arms = resolve_arms(model, o)
   local n = chunks * o.context
   local buf = ffi.new("int32_t[?]", n)

@@ -156,6 +156,15 @@ function Model.__index:detokenize(ids)
   return ffi.string(out, got[0])
 end
 
+--- For modules here: the words for a context that passes what the model was trained for, else nil.  stderr has them once a model.
+function Model.__index:_beyond(n_tokens)
+  if n_tokens <= self.n_ctx_train then return nil end
+  local words = ("context of %d tokens is beyond the %d that model '%s' was trained for"):format(n_tokens, self.n_ctx_train, self.name)
+  if not self._told_beyond then require("kelvin.log").warn("%s", words) end
+  self._told_beyond = true
+  return words
+end
+
 --- m:is_end(id): whether a token ends a text or a turn.
 function Model.__index:is_end(id) return C.kv_token_is_end(self._m, id) ~= 0 end
 

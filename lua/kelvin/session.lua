@@ -25,6 +25,7 @@ function M.new(model, o)
   local max_tokens = o.max_tokens or math.min(model.n_ctx_train > 0 and model.n_ctx_train or 4096, 4096)
   local s = K.handle("kv_session", C.kv_session_free, function(out) return C.kv_session_new(out, model._m, plan and plan.handle or nil, max_tokens) end)
   local self = setmetatable({ _s = s, model = model, plan = plan, max_tokens = max_tokens, ids = {} }, Session)
+  model:_beyond(max_tokens)
   if o.path then self:path(o.path) end
   return self
 end

@@ -104,3 +104,34 @@ describe("a model file that is not what its architecture says", function()
     assert.are.same({ sliding_window = 0, rope_base = 1e6, rope_scale = 1 / 8 }, kv.model(FOLDER .. "gemma3.gguf"):layer(6))
   end)
 end)
+
+describe("a context beyond the model's training", function()
+  local text = (index.text .. " "):rep(16)
+  -- Runs fn; returns its warnings, a line each, and its result.
+  local function warned(fn)
+    local log, lines = require "kelvin.log", {}
+    local real = log.warn
+    log.warn = function(fmt, ...) lines[#lines + 1] = fmt:format(...) end
+    local ok, result = pcall(fn)
+    log.warn = real
+    assert(ok, result)
+    return table.concat(lines, "\n"), result
+  end
+  local BEYOND = "context of 600 tokens is beyond the 512 that model 'qwen3' was trained for"
+
+  it("is told on stderr once, and stands in every row", function()
+    local m = kv.model(FOLDER .. "qwen3.gguf")
+    local told, rows = warned(function() return kv.eval { model = m, text = text, context = 600, chunks = 1, arms = { "f16", "q8_0" } } end)
+    assert.are.equal(BEYOND, told)
+    for _, row in ipairs(rows) do assert.are.same({ BEYOND }, row.warnings) end
+    assert.is_truthy(tostring(rows):find("\nwarning: " .. BEYOND .. "\n", 1, true))
+    assert.are.equal("", (warned(function() m:session { max_tokens = 600 } end)))
+    assert.are.equal(BEYOND, (warned(function() kv.model(FOLDER .. "qwen3.gguf"):session { max_tokens = 600 } end)))
+  end)
+
+  it("is not told of one that just reaches it", function()
+    local told, rows = warned(function() return kv.eval { model = kv.model(FOLDER .. "qwen3.gguf"), text = text, context = 512, chunks = 1, arms = { "q8_0" } } end)
+    assert.are.equal("", told)
+    assert.is_nil(rows[1].warnings)
+  end)
+end)
