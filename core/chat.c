@@ -46,6 +46,9 @@ int kv_chat_detect(kv_tokenizer *t, const char *text, size_t n)
         t->chat = contains(text, n, "<|im_start|>") ? KV_CHAT_CHATML : contains(text, n, "<|start_header_id|>") ? KV_CHAT_LLAMA3
                 : contains(text, n, "<start_of_turn>") ? KV_CHAT_GEMMA : contains(text, n, "<<SYS>>") ? KV_CHAT_LLAMA2
                 : contains(text, n, "[INST]") ? KV_CHAT_MISTRAL : KV_CHAT_NONE;
+        t->dated = t->chat == KV_CHAT_LLAMA3 && contains(text, n, "Cutting Knowledge Date: December 2023");
+        t->inst[0] = contains(text, n, "[INST] ") ? "[INST] " : "[INST]";          /* Mistral's versions differ by these blanks */
+        t->inst[1] = contains(text, n, " [/INST]") ? " [/INST]" : "[/INST]";
         return t->chat == KV_CHAT_CHATML ? find_system_default(t, text, n) : KV_OK;
     }
     t->chat = has_token(t, "<|im_start|>") && has_token(t, "<|im_end|>") ? KV_CHAT_CHATML
@@ -91,13 +94,19 @@ static void chatml(page *o, const kv_tokenizer *t, enum role role, const char *t
     put_text(o, "<|im_end|>\n");
 }
 
-static void llama3(page *o, enum role role, const char *text)
+/* The day that the templates write when they are told none; those that could ask the clock would make runs differ. */
+static const char dates[] = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n";
+
+static void llama3(page *o, const kv_tokenizer *t, enum role role, const char *text, int first)
 {
     static const char *const name[] = { "system", "user", "assistant", "assistant" };
+    const bool opens = t->dated && first == 1 && role != OPEN;
+    if (opens && role != SYSTEM) llama3(o, t, SYSTEM, "", first);
     put_text(o, "<|start_header_id|>");
     put_text(o, name[role]);
     put_text(o, "<|end_header_id|>\n\n");
     if (role == OPEN) return;
+    if (opens && role == SYSTEM) put_text(o, dates);
     put_trimmed(o, text);
     put_text(o, "<|eot_id|>");
 }
@@ -128,7 +137,7 @@ static void inst(page *o, const kv_tokenizer *t, enum role role, const char *tex
     }
     if (!(role == USER && first == 2)) {
         if (llama2 && first == 0) put_id(o, t, t->bos);
-        put_text(o, "[INST] ");
+        put_text(o, llama2 ? "[INST] " : t->inst[0]);
     }
     if (role == SYSTEM) {
         if (llama2) put_text(o, "<<SYS>>\n");
@@ -139,7 +148,7 @@ static void inst(page *o, const kv_tokenizer *t, enum role role, const char *tex
     if (!llama2) put_text(o, text);
     else if (first == 2) put_right_trimmed(o, text);     /* the template trims the system text and this as one */
     else put_trimmed(o, text);
-    put_text(o, " [/INST]");
+    put_text(o, llama2 ? " [/INST]" : t->inst[1]);
 }
 
 /* Not NUL-terminated.  buf NULL counts; cap too small is KV_E_ARG with the need in *n_bytes. */
@@ -155,7 +164,7 @@ int kv_chat_format(const kv_model *m, const char *role, const char *text, int fi
     page o = { .buf = buf, .cap = cap };
     switch (t->chat) {
     case KV_CHAT_CHATML: chatml(&o, t, who, text, first); break;
-    case KV_CHAT_LLAMA3: llama3(&o, who, text); break;
+    case KV_CHAT_LLAMA3: llama3(&o, t, who, text, first); break;
     case KV_CHAT_GEMMA:  gemma(&o, who, text, first); break;
     default:             inst(&o, t, who, text, first);
     }

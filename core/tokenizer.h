@@ -37,6 +37,8 @@ struct kv_tokenizer {
     int          n_stages;
     char         name[64];
     char        *system_default;            /* system text that the chat template adds by itself, or NULL */
+    bool         dated;                     /* the template (Llama 3.1 and later) opens its system turn by two dates */
+    const char  *inst[2];                   /* Mistral: what stands before and after the user's text */
 };
 
 typedef struct kv_sink { int32_t *ids; int cap; int64_t n; } kv_sink;     /* counts on when full */

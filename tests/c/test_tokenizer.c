@@ -391,7 +391,7 @@ static void test_made(void)
     close_model(&m);
 }
 
-/* ---- chat turns.  Expected texts: the families' own Jinja templates rendered with jinja2 3.1.6 (trim_blocks, lstrip_blocks) */
+/* ---- chat turns.  Expected texts: the families' own Jinja templates rendered by transformers 5.23 */
 
 static void check_chat(const kv_model *m, const char *what, bool with_system, const char *want)
 {
@@ -408,6 +408,8 @@ static void check_chat(const kv_model *m, const char *what, bool with_system, co
     CHECK(kv_chat_format(m, "user", "x", 0, buf, 1, &n) == KV_E_ARG && n > 1, "%s: cap", what);
 }
 
+#define DATES "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
+
 static void test_chat(void)
 {
     static gguf g;
@@ -418,15 +420,24 @@ static void test_chat(void)
           "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n Hi there \n<|im_end|>\n<|im_start|>assistant\nHello.<|im_end|>\n<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\n" },
         { "{{'<|im_start|>system\\n'}}{{'<|im_start|>' + role}}", "chatml",
           "<|im_start|>user\n Hi there \n<|im_end|>\n<|im_start|>assistant\nHello.<|im_end|>\n<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\n", NULL },
+        { "{%- if tools %}\n    {{- '<|im_start|>system\\n' }}\n    {%- if messages[0]['role'] == 'system' %}\n        {{- messages[0]['content'] }}\n    {%- else %}\n        {{- 'You are Qwen, created by Alibaba Cloud. "
+          "You are a helpful assistant.' }}\n    {%- endif %}\n    {{- \"\\n</tool_call><|im_end|>\\n\" }}\n{%- else %}\n    {%- if messages[0]['role'] == 'system' %}\n        {{- '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}\n"
+          "    {%- else %}\n        {{- '<|im_start|>system\\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\\n' }}\n    {%- endif %}\n{%- endif %}", "chatml",
+          "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n<|im_start|>user\n Hi there \n<|im_end|>\n<|im_start|>assistant\nHello.<|im_end|>\n<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\n",
+          "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n Hi there \n<|im_end|>\n<|im_start|>assistant\nHello.<|im_end|>\n<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\n" },
         { "<|start_header_id|>", "llama3",
           "<|start_header_id|>user<|end_header_id|>\n\nHi there<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nHello.<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nBye<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
           "<|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nHi there<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nHello.<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nBye<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n" },
+        { "{{- \"<|start_header_id|>system<|end_header_id|>\\n\\n\" }}\n{{- \"Cutting Knowledge Date: December 2023\\n\" }}\n{{- \"Today Date: \" + date_string + \"\\n\\n\" }}", "llama3",
+          "<|start_header_id|>system<|end_header_id|>\n\n" DATES "<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nHi there<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nHello.<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nBye<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+          "<|start_header_id|>system<|end_header_id|>\n\n" DATES "Be brief.<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nHi there<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nHello.<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nBye<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n" },
         { "<start_of_turn>", "gemma",
           "<start_of_turn>user\nHi there<end_of_turn>\n<start_of_turn>model\nHello.<end_of_turn>\n<start_of_turn>user\nBye<end_of_turn>\n<start_of_turn>model\n",
           "<start_of_turn>user\nBe brief.\n\nHi there<end_of_turn>\n<start_of_turn>model\nHello.<end_of_turn>\n<start_of_turn>user\nBye<end_of_turn>\n<start_of_turn>model\n" },
         { "[INST] <<SYS>>", "llama2", "[INST] Hi there [/INST] Hello. </s><s>[INST] Bye [/INST]",
           "[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\n Hi there [/INST] Hello. </s><s>[INST] Bye [/INST]" },
-        { "[INST]", "mistral", "[INST]  Hi there \n [/INST]Hello.</s>[INST] Bye [/INST]", NULL },
+        { "{{ '[INST] ' + message['content'] + ' [/INST]' }}", "mistral", "[INST]  Hi there \n [/INST]Hello.</s>[INST] Bye [/INST]", NULL },
+        { "{{- \"[INST]\" + message[\"content\"] + \"[/INST]\" }}", "mistral", "[INST] Hi there \n[/INST]Hello.</s>[INST]Bye[/INST]", NULL },
     };
     for (size_t i = 0; i < sizeof family / sizeof *family; i++) {
         begin(&g);
