@@ -255,6 +255,7 @@ int kv_forward_begin(kv_forward *f, kv_cache **caches, const int32_t *tokens, in
             if (!f->lane[l].q_pre && !(f->lane[l].q_pre = kv_alloc_array(d * (size_t)m->info.n_heads, sizeof(float), false))) return KV_E_NOMEM;
             if (!f->lane[l].k_pre && !(f->lane[l].k_pre = kv_alloc_array(d * (size_t)m->info.n_kv_heads, sizeof(float), false))) return KV_E_NOMEM;
         }
+    if (n == 1) kv_model_pack(f->m);
     f->n = n;
     f->layer = 0;
     fill_tables(f);

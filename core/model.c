@@ -5,6 +5,7 @@
  * so that everything above this file sees keys as transformers and the published codecs do. */
 #include <math.h>
 #include <stdio.h>
+#include <pthread.h>
 #include "model.h"
 
 typedef struct arch {
@@ -389,6 +390,26 @@ kv_model *kv_model_ref(kv_model *m)
     return m;
 }
 
+#define EACH_WEIGHT(y) { &(y)->wq, &(y)->wk, &(y)->wv, &(y)->wo, &(y)->w_gate, &(y)->w_up, &(y)->w_down }
+
+/* Memory that does not suffice for panels is no failure: the product by rows needs none. */
+void kv_model_pack(kv_model *m)
+{
+    static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+    if (atomic_load(&m->packed) || kv_cpu_simd() < KV_SIMD_AVX2) return;
+    pthread_mutex_lock(&lock);
+    if (!atomic_load(&m->packed)) {
+        bool room = true;
+        for (int l = 0; room && l < m->info.n_layers; l++) {
+            kv_weight *const weights[] = EACH_WEIGHT(&m->layer[l]);
+            for (size_t i = 0; room && i < sizeof weights / sizeof *weights; i++) room = kv_weight_pack(weights[i]);
+        }
+        if (room) kv_weight_pack(&m->head);
+        atomic_store(&m->packed, 1);
+    }
+    pthread_mutex_unlock(&lock);
+}
+
 void kv_model_free(kv_model *m)
 {
     if (!m || atomic_fetch_sub(&m->refs, 1) > 1) return;
@@ -398,7 +419,10 @@ void kv_model_free(kv_model *m)
         for (size_t i = 0; i < sizeof vectors / sizeof *vectors; i++) kv_free(vectors[i]);
         kv_free(y->wq.owned);
         kv_free(y->wk.owned);
+        kv_weight *const weights[] = EACH_WEIGHT(y);
+        for (size_t i = 0; i < sizeof weights / sizeof *weights; i++) kv_free(weights[i]->panels);
     }
+    kv_free(m->head.panels);
     kv_free(m->layer);
     kv_free(m->out_norm);
     if (m->tok) kv_tokenizer_free(m->tok);

@@ -35,6 +35,7 @@ typedef struct kv_weight {                 /* y = W x, row-major: row r is n_in 
     size_t         row_bytes;
     const uint8_t *data;
     uint8_t       *owned;                  /* when rows were permuted at load; else NULL */
+    uint8_t       *panels;                 /* the decode step's order (panels.c), made by kv_weight_pack; else NULL */
 } kv_weight;
 const char *kv_weight_type_name(int type);                 /* NULL if unknown */
 int    kv_weight_block(int type, int *block, int *bytes);  /* values and bytes of a block; 0 if unknown */
@@ -44,6 +45,7 @@ typedef struct kv_act { int64_t n; float *x; int16_t *q; float *scale, *sum; voi
 int    kv_act_reserve(kv_act *a, int64_t n);
 void   kv_act_set(kv_act *a, const float *x, int64_t n);   /* after reserve */
 void   kv_act_free(kv_act *a);
+bool   kv_weight_pack(kv_weight *w);                       /* repack for kv_matvec, where the type allows it; false: out of memory */
 void   kv_matvec(const kv_weight *w, const kv_act *a, int64_t row0, int64_t row1, float *y);  /* y[row0..row1), one thread */
 
 /* ---- matrix products of prefill (gemm.c) */
@@ -64,7 +66,7 @@ typedef struct kv_layer {
 enum { KV_ACT_SILU = 0, KV_ACT_GELU_TANH = 1 };
 typedef struct kv_tokenizer kv_tokenizer;
 struct kv_model {
-    atomic_int    refs;
+    atomic_int    refs, packed;
     kv_gguf      *gguf;
     kv_model_info info;
     kv_geometry   geo;
@@ -77,6 +79,7 @@ struct kv_model {
     void         *owned;                                   /* rope tables and texts */
 };
 kv_model *kv_model_ref(kv_model *m);
+void      kv_model_pack(kv_model *m);                      /* panels of every weight, once; before the first decode step */
 
 /* ---- the forward pass (forward.c): n tokens through all layers, several lanes in lockstep sharing weight reads */
 typedef struct kv_forward kv_forward;

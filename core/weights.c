@@ -13,7 +13,7 @@
  *   Q6_K 210 B/256  | ql 128 | qh 64 | sc i8 x 16 | d |    d sc (q - 32), sc per 16 elements
  * Two-bit fields of Q2_K and Q3_K: a half of 128 elements takes 32 bytes, 32 elements at each of the shifts 0, 2, 4, 6. */
 #include <math.h>
-#include "weights.h"
+#include "panels.h"
 
 enum { MAX_BLOCK = 256 };
 
@@ -188,7 +188,9 @@ void kv_weight_rows(const kv_weight *w, int64_t row0, int64_t n_rows, float *dst
 void kv_matvec(const kv_weight *w, const kv_act *a, int64_t row0, int64_t row1, float *y)
 {
     const int level = kv_cpu_simd();
-    (level >= KV_SIMD_AVX512 ? kv_matvec_avx512 : level >= KV_SIMD_AVX2 ? kv_matvec_avx2 : kv_matvec_plain)(w, a, row0, row1, y);
+    if (w->panels && level >= KV_SIMD_AVX2 && row0 % KV_PANEL_ROWS == 0 && row1 % KV_PANEL_ROWS == 0)
+        (level >= KV_SIMD_AVX512 ? kv_panels_avx512 : kv_panels_avx2)(w, a, row0, row1, y);
+    else (level >= KV_SIMD_AVX512 ? kv_matvec_avx512 : level >= KV_SIMD_AVX2 ? kv_matvec_avx2 : kv_matvec_plain)(w, a, row0, row1, y);
 }
 
 /* ---- activations */

@@ -192,6 +192,59 @@ static void products_agree_with_double(void)
     }
 }
 
+/* The panels hold the same weights: as exact as by rows, the same bits for any cut at multiples of 16, and nothing is read past them. */
+static void panels_agree_with_rows(void)
+{
+    static const int types[] = { KV_W_Q4_0, KV_W_Q4_1, KV_W_Q8_0 };
+    enum { N_OUT = 48 };
+    for (int t = 0; t < 3; t++)
+        for (int64_t n_in = 32; n_in <= 2080; n_in = n_in * 3 + 64) {
+            guarded g;
+            kv_weight w = random_weight(&g, types[t], n_in, N_OUT);
+            float *const x = kv_alloc_array((size_t)n_in, sizeof *x, false);
+            kv_act a = { 0 };
+            CHECK(kv_act_reserve(&a, n_in) == KV_OK, "%s", kv_last_error());
+            for (int hostile = 0; hostile < 2; hostile++) {
+                for (int64_t i = 0; i < n_in; i++) x[i] = hostile ? (random_u32() % 2 ? 1.0f : -1.0f) : random_normal() * (random_u32() % 50 ? 1 : 20) + 0.3f;
+                for (int64_t i = 0; hostile && i < 32 && i < n_in; i++) x[i] = n_in % 3 ? -1.0f : 1.0f;      /* every digit at its end, one sign: the largest sums */
+                for (int level = KV_SIMD_AVX2; level <= kv_cpu_simd_max(); level++) {
+                    kv_cpu_limit(level);
+                    kv_act_set(&a, x, n_in);
+                    float by_rows[N_OUT], whole[N_OUT], cut[N_OUT];
+                    memset(whole, 0xff, sizeof whole);
+                    uint8_t *const panels = w.panels;
+                    w.panels = NULL;
+                    kv_matvec(&w, &a, 0, N_OUT, by_rows);
+                    w.panels = panels;
+                    CHECK(kv_weight_pack(&w) && w.panels, "%s: no panels", kv_weight_type_name(w.type));
+                    kv_matvec(&w, &a, 0, N_OUT, whole);
+                    for (int r = 0; r < N_OUT; r += 16) kv_matvec(&w, &a, r, r + 16, cut);
+                    CHECK(memcmp(whole, cut, sizeof whole) == 0, "%s n_in=%d at %s: a panel alone differs", kv_weight_type_name(w.type), (int)n_in, level_name[level]);
+                    float *const v = kv_alloc_array((size_t)(n_in * N_OUT), sizeof *v, false);
+                    kv_weight_rows_plain(&w, 0, N_OUT, v);
+                    for (int64_t r = 0; r < N_OUT; r++) {
+                        double ww = 0, xx = 0;
+                        for (int64_t i = 0; i < n_in; i++) {
+                            ww += (double)v[r * n_in + i] * (double)v[r * n_in + i];
+                            xx += (double)x[i] * (double)x[i];
+                        }
+                        const double e = fabs((double)whole[r] - (double)by_rows[r]) / sqrt(ww * xx);
+                        CHECK(e <= 1e-6, "%s n_in=%d row %d at %s: %.9g by panels, %.9g by rows, %.2g of |w||x|", kv_weight_type_name(w.type), (int)n_in, (int)r, level_name[level], (double)whole[r], (double)by_rows[r], e);
+                    }
+                    kv_free(v);
+                }
+            }
+            kv_act_free(&a);
+            kv_free(x);
+            kv_free(w.panels);
+            guarded_free(&g);
+        }
+    guarded g;
+    kv_weight odd = random_weight(&g, KV_W_Q4_1, 64, 24);
+    CHECK(kv_weight_pack(&odd) && !odd.panels, "24 rows are not whole panels");
+    guarded_free(&g);
+}
+
 static void linear_agrees_and_ignores_lanes_and_threads(void)
 {
     for (int t = 0; t < N_TYPES; t++) {
@@ -267,6 +320,7 @@ int main(void)
     quantizes_activations_to_the_same_bytes();
     products_agree_with_double();
     kv_cpu_limit(KV_SIMD_AVX512);
+    panels_agree_with_rows();
     linear_agrees_and_ignores_lanes_and_threads();
     a_broken_activation_reaches_the_result();
     kv_act a = { 0 };
