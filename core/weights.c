@@ -200,7 +200,7 @@ int kv_act_reserve(kv_act *a, int64_t n)
     RETURN_ERROR_IF(n < 1 || n > INT32_MAX, KV_E_ARG, "activations: n=%lld is outside 1..2^31-1", (long long)n);
     const size_t cap = kv_round_up((size_t)n, KV_ACT_PAD);
     if (cap <= a->cap) return KV_OK;
-    float *const x = kv_alloc(cap * 8 + cap / 32 * 24);       /* x 4 bytes, q 2, digits 2; scale, sum and their halves 24 per 32 */
+    float *const x = kv_alloc(cap * 11 + cap / 32 * 28);      /* x 4 bytes, q 2, digits 2, fine 3; scale, sum, their halves and sum24: 28 per 32 */
     if (!x) return KV_E_NOMEM;
     kv_act_free(a);
     a->x = x;
@@ -230,9 +230,13 @@ static void quantize(kv_act *a, int64_t n)
             if (u > top) top = u;
         }
         const float amax = kv_bits_f32(top), inv = kv_act_inverse(amax), scale = amax / KV_ACT_MAX;
-        int32_t sum[2] = { 0 };
+        int32_t sum[2] = { 0 }, fine_sum = 0;
         for (int i = 0; i < 32; i++) {
-            const int q = inv > 0 ? (int)lrintf(x[i] * inv) : 0, high = (q + 128) >> 8;
+            const float exact = inv > 0 ? x[i] * inv : 0;
+            const int q = (int)lrintf(exact), high = (q + 128) >> 8, fine = kv_min((int)lrintf((exact - (float)q) * 256), 127);
+            kv_act_fine16(a)[32 * g + i] = (int16_t)fine;
+            kv_act_fine8(a)[32 * g + i] = (int8_t)fine;
+            fine_sum += fine;
             a->q[32 * g + i] = (int16_t)q;
             digits[i] = (int8_t)(q - 256 * high);
             digits[32 + i] = (int8_t)high;
@@ -244,6 +248,7 @@ static void quantize(kv_act *a, int64_t n)
         }
         a->scale[g] = scale;
         a->sum[g] = sum16[2 * g] + sum16[2 * g + 1];
+        kv_act_sum24(a)[g] = a->sum[g] + scale * ((float)fine_sum * (1.0f / 256));
     }
 }
 

@@ -8,7 +8,9 @@
  * Activations as products need them, in one allocation behind kv_act.x:
  *   q       i16 per value: x = scale q, scale = max |x| / 32639 per 32 values
  *   extra   64 bytes per 32 values: the low digits i8 x 32, the high digits i8 x 32, q = 256 high + low;
- *           then per 16 values scale f32, then per 16 values the sum of scale q f32 (scale and sum: the same per 32) */
+ *           then per 16 values scale f32, then per 16 values the sum of scale q f32 (scale and sum: the same per 32)
+ *   fine    what q leaves over, in 256ths, i16 per value, then the same as i8: x = scale (q + fine / 256) has 24 bits.  Then
+ *           per 32 values the sum of that, f32.  Only panels read these (panels.h): they wait for memory anyway. */
 #ifndef KV_WEIGHTS_H
 #define KV_WEIGHTS_H
 #include <float.h>
@@ -33,4 +35,7 @@ static inline float kv_act_inverse(float max_abs) { return max_abs >= 0x1p-100f 
 static inline const int8_t *kv_act_digits(const kv_act *a)  { return a->extra; }
 static inline float        *kv_act_scale16(const kv_act *a) { return (float *)((char *)a->extra + 2 * a->cap); }
 static inline float        *kv_act_sum16(const kv_act *a)   { return kv_act_scale16(a) + a->cap / 16; }
+static inline int16_t      *kv_act_fine16(const kv_act *a)  { return (int16_t *)(a->sum + a->cap / 32); }
+static inline int8_t       *kv_act_fine8(const kv_act *a)   { return (int8_t *)(kv_act_fine16(a) + a->cap); }
+static inline float        *kv_act_sum24(const kv_act *a)   { return (float *)(void *)(kv_act_fine8(a) + a->cap); }
 #endif

@@ -186,6 +186,14 @@ void kv_matvec_avx2(const kv_weight *w, const kv_act *a, int64_t row0, int64_t r
 
 /* ---- activations */
 
+KV_INLINE KV_AVX2 int sum_words(__m256i words)
+{
+    const __m256i s = _mm256_madd_epi16(words, _mm256_set1_epi16(1));
+    __m128i t = _mm_add_epi32(_mm256_castsi256_si128(s), _mm256_extracti128_si256(s, 1));
+    t = _mm_add_epi32(t, _mm_shuffle_epi32(t, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(t, _mm_shuffle_epi32(t, 0xb1)));
+}
+
 KV_AVX2 void kv_act_quantize_avx2(kv_act *a, int64_t n)
 {
     float *const scale16 = kv_act_scale16(a), *const sum16 = kv_act_sum16(a);
@@ -200,20 +208,26 @@ KV_AVX2 void kv_act_quantize_avx2(kv_act *a, int64_t n)
         m = _mm_max_epu32(m, _mm_shuffle_epi32(m, 0x4e));
         m = _mm_max_epu32(m, _mm_shuffle_epi32(m, 0xb1));
         const float amax = _mm_cvtss_f32(_mm_castsi128_ps(m)), inv = kv_act_inverse(amax), scale = amax / KV_ACT_MAX;
-        __m256i q[4], half[2];
-        for (int j = 0; j < 4; j++) q[j] = inv > 0 ? _mm256_cvtps_epi32(_mm256_mul_ps(x[j], _mm256_set1_ps(inv))) : _mm256_setzero_si256();
+        __m256i q[4], half[2], fine[4];
+        for (int j = 0; j < 4; j++) {
+            const __m256 exact = inv > 0 ? _mm256_mul_ps(x[j], _mm256_set1_ps(inv)) : _mm256_setzero_ps();
+            q[j] = _mm256_cvtps_epi32(exact);
+            const __m256 left = _mm256_mul_ps(_mm256_sub_ps(exact, _mm256_cvtepi32_ps(q[j])), _mm256_set1_ps(256));
+            fine[j] = _mm256_min_epi32(_mm256_cvtps_epi32(left), _mm256_set1_epi32(127));
+        }
         for (int h = 0; h < 2; h++) {
             half[h] = _mm256_permute4x64_epi64(_mm256_packs_epi32(q[2 * h], q[2 * h + 1]), 0xd8);
-            __m256i s = _mm256_madd_epi16(half[h], _mm256_set1_epi16(1));
-            __m128i t = _mm_add_epi32(_mm256_castsi256_si128(s), _mm256_extracti128_si256(s, 1));
-            t = _mm_add_epi32(t, _mm_shuffle_epi32(t, 0x4e));
-            t = _mm_add_epi32(t, _mm_shuffle_epi32(t, 0xb1));
             scale16[2 * g + h] = scale;
-            sum16[2 * g + h] = scale * (float)_mm_cvtsi128_si32(t);
+            sum16[2 * g + h] = scale * (float)sum_words(half[h]);
             _mm256_storeu_si256((__m256i *)(void *)(a->q + 32 * g + 16 * h), half[h]);
         }
         a->scale[g] = scale;
         a->sum[g] = sum16[2 * g] + sum16[2 * g + 1];
+        const __m256i fine0 = _mm256_permute4x64_epi64(_mm256_packs_epi32(fine[0], fine[1]), 0xd8), fine1 = _mm256_permute4x64_epi64(_mm256_packs_epi32(fine[2], fine[3]), 0xd8);
+        _mm256_storeu_si256((__m256i *)(void *)(kv_act_fine16(a) + 32 * g), fine0);
+        _mm256_storeu_si256((__m256i *)(void *)(kv_act_fine16(a) + 32 * g + 16), fine1);
+        _mm256_storeu_si256((__m256i *)(void *)(kv_act_fine8(a) + 32 * g), _mm256_permute4x64_epi64(_mm256_packs_epi16(fine0, fine1), 0xd8));
+        kv_act_sum24(a)[g] = a->sum[g] + scale * ((float)sum_words(_mm256_add_epi16(fine0, fine1)) * (1.0f / 256));
         const __m256i low0 = _mm256_srai_epi16(_mm256_slli_epi16(half[0], 8), 8), low1 = _mm256_srai_epi16(_mm256_slli_epi16(half[1], 8), 8);
         const __m256i high0 = _mm256_srai_epi16(_mm256_add_epi16(half[0], _mm256_set1_epi16(128)), 8), high1 = _mm256_srai_epi16(_mm256_add_epi16(half[1], _mm256_set1_epi16(128)), 8);
         uint8_t *const digits = (uint8_t *)a->extra + 64 * g;
