@@ -59,6 +59,18 @@ describe("a random model of family", function()
       local d, at = worst(entry, function(t) return kept[t]:_data() end)
       assert(d <= 2e-3, ("off by %.3g after token %s"):format(d, at))
     end)
+
+    it(entry.name .. " over a compressed cache is the same on codes and on decoded tiles", function()
+      local last = {}
+      for i, path in ipairs { "fused", "tile" } do
+        local s = m:session { arm = "turboquant-4,sink=2,recent=4", max_tokens = #entry.ids, path = path }
+        -- One pass, then one step: rounding that differs from step to step would flip codes, which is another matter.
+        s:feed({ unpack(entry.ids, 1, #entry.ids - 1) }, { logits = "none" }):feed(entry.ids[#entry.ids])
+        assert.is_true(s:pairs().fraction > 0.3)
+        last[i] = s:logits():totable()
+      end
+      H.close(last[1], last[2], 2e-3)
+    end)
   end
 end)
 
