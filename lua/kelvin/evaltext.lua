@@ -52,7 +52,8 @@ function M.table(rows)
   local lines = { { "arm", "bits", "shared", "KLD mean", "± s.e.", "median", "p99", "p99.9", "max", "same top", "PPL", "RMS Δp", "pairs", "mutation", "status" } }
   for _, r in ipairs(sorted) do
     local k = r.kld or {}
-    lines[#lines + 1] = { r.arm, r.bits_allin and ("%.3f"):format(r.bits_allin) or "-", r.bits_shared and ("%.3f"):format(r.bits_shared) or "-", nice(k.mean), nice(k.se), nice(k.median), nice(k.p99), nice(k.p999), nice(k.max),
+    lines[#lines + 1] = { r.arm, r.bits_allin and ("%.3f"):format(r.bits_allin) or "-", r.bits_shared and ("%.3f"):format(r.bits_shared) or "-",
+      nice(k.mean), nice(k.se), nice(k.median), nice(k.p99), nice(k.p999), nice(k.max),
       r.same_top1 and ("%.2f %%"):format(100 * r.same_top1) or "-", r.ppl and ("%.3f"):format(r.ppl) or "-", r.rms_dp and ("%.2f %%"):format(100 * r.rms_dp) or "-",
       r.compressed_pair_fraction and ("%.3f"):format(r.compressed_pair_fraction) or "-",
       r.controls and r.controls.mutation and r.controls.mutation.status or "-", r.status }
@@ -60,7 +61,9 @@ function M.table(rows)
   local r = sorted[1]
   local head = r.ppl_ref and ("%s, context %d, %d chunks, %d positions scored, %s; PPL of the exact cache %.4f"):format(r.model, r.context, r.chunks, r.n_scored, r.semantics, r.ppl_ref) or ""
   for _, words in ipairs(r.warnings or {}) do head = head .. "\nwarning: " .. words end
-  return table.concat({ head, M.aligned(lines), M.controls(r), "bits: all-in, per cached element at the end of a chunk; shared: means and tables that all sequences share, if one had to carry them; KLD in nats; pairs: share of query-key pairs served from compressed storage" }, "\n")
+  return table.concat({ head, M.aligned(lines), M.controls(r),
+    "bits: all-in, per cached element at the end of a chunk; shared: means and tables that all sequences share, if one had to carry them; "
+    .. "KLD in nats; pairs: share of query-key pairs served from compressed storage" }, "\n")
 end
 
 --- One row in the words of `llama-perplexity --kl-divergence`, so that existing readers work.
