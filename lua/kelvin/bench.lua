@@ -41,7 +41,7 @@ doc("kv.bench", [[
   kv.bench.codecs{ names =, dim = 64 } -> rows;  kv.bench.eval{ model = } -> row
   What `kelvin bench` prints.  decode: tokens/s at a depth, bytes of the cache, floor_us (weights and cache once over the
   measured read bandwidth) and share (floor / time).  codecs: GB/s of f32 source per thread for encode, decode, dot and
-  accumulate, and memcpy's.  eval: tokens/s and the share of the measured f32 sgemm rate.]])
+  accumulate (tiles: by decoding to f32 first), and memcpy's.  eval: tokens/s and the share of the measured f32 sgemm rate.]])
 function M.decode(o)
   local model = type(o.model) == "string" and require("kelvin.model").open(o.model) or o.model
   local policies = require "kelvin.policy"
@@ -121,7 +121,9 @@ function M.codecs(o)
   local ok, err = pcall(function()
     for _, name in ipairs(names) do
       log.progress(#rows / #names, name)
-      local c = codec.new(name)
+      local spec, params = require("kelvin.arm").spec(name), {}
+      for key, value in pairs(spec) do if key ~= 1 then params[key] = value end end
+      local c = codec.new(spec[1], params)
       if c.has_tables then c = c:calibrated(x, { side = "k" }):calibrated(x, { side = "v" }) end
       local fused = c:info_for(dim).fused
       local k, v = c:encode(x, { side = "k" }), c:encode(x, { side = "v" })
@@ -134,6 +136,8 @@ function M.codecs(o)
         decode = time(function() check(C.kv_block_decode(k._b, 0, tokens, out:_view())) end, .1),
         dot = time(function() check(C.kv_block_dot(k._b, q:_view(), flag, scores:_view())) end, .1),
         accumulate = time(function() check(C.kv_block_accumulate(v._b, p:_view(), flag, acc:_view())) end, .1),
+        dot_tiles = time(function() check(C.kv_block_dot(k._b, q:_view(), 0, scores:_view())) end, .1),
+        accumulate_tiles = time(function() check(C.kv_block_accumulate(v._b, p:_view(), 0, acc:_view())) end, .1),
       }
       local row = { codec = name, dim = dim, fused = fused, threads = 1, queries = queries, memcpy_gb_s = memcpy, bits = k:bytes().bits }
       for what, s in pairs(t) do
@@ -148,12 +152,12 @@ function M.codecs(o)
   log.clear()
   if not ok then error(err, 0) end
   return setmetatable(rows, { __tostring = function(t)
-    local lines = { { "codec", "bits", "encode", "decode", "dot", "accumulate", "dot codes", "acc codes", "path" } }
+    local lines = { { "codec", "bits", "encode", "decode", "dot", "accumulate", "dot tiles", "acc tiles", "dot codes", "acc codes", "path" } }
     local function f(v) return ("%.2f"):format(v) end
     for _, r in ipairs(t) do
-      lines[#lines + 1] = { r.codec, f(r.bits), f(r.encode_gb_s), f(r.decode_gb_s), f(r.dot_gb_s), f(r.accumulate_gb_s), f(r.dot_codes_gb_s), f(r.accumulate_codes_gb_s), r.fused and "fused" or "tiles" }
+      lines[#lines + 1] = { r.codec, f(r.bits), f(r.encode_gb_s), f(r.decode_gb_s), f(r.dot_gb_s), f(r.accumulate_gb_s), f(r.dot_tiles_gb_s), f(r.accumulate_tiles_gb_s), f(r.dot_codes_gb_s), f(r.accumulate_codes_gb_s), r.fused and "fused" or "tiles" }
     end
-    return ("GB/s of one thread, d=%d, %d queries a head: f32 source that the codes stand for; 'codes' is stored bytes; memcpy %.1f GB/s (read + written)\n"):format(dim, queries, memcpy)
+    return ("GB/s of one thread, d=%d, %d queries a head: f32 source that the codes stand for; 'tiles' decodes to f32 first; 'codes' is stored bytes; memcpy %.1f GB/s (read + written)\n"):format(dim, queries, memcpy)
       .. require("kelvin.evaltext").aligned(lines)
   end })
 end

@@ -1,0 +1,191 @@
+/* test_polar.c -- what `polar` and `fused` promise beyond conformance: packed indices, the published closed forms and tables,
+ * bits per element, and the vector mathematics against double precision. */
+#include <math.h>
+#include "check.h"
+#include "codecs/polar.h"
+
+enum { VECTORS = 2048 };
+
+/* Mean relative squared error over Gaussian vectors. */
+static double rel_error(const char *family, const char *params, int dim, int side, double *bits)
+{
+    kv_codec *c;
+    if (kv_codec_new(&c, family, params, dim, 64, side) < 0) { CHECK(0, "%s", kv_last_error()); return NAN; }
+    float *x = kv_alloc((size_t)64 * dim * 4), *y = kv_alloc((size_t)64 * dim * 4);
+    uint8_t *page = kv_alloc(c->page_bytes);
+    double e = 0, n = 0;
+    for (int b = 0; b < VECTORS / 64; b++) {
+        kv_rng_normal(21, dim, (double)b * 64 * dim, 64 * dim, x);
+        memset(page, 0, c->page_bytes);
+        c->ops->encode(c, page, 0, 64, x, dim);
+        c->ops->decode(c, page, 0, 64, y, dim);
+        for (int i = 0; i < 64 * dim; i++) e += ((double)x[i] - y[i]) * ((double)x[i] - y[i]), n += (double)x[i] * x[i];
+    }
+    if (bits) *bits = 8.0 * (double)c->page_bytes / (64.0 * dim);
+    kv_free(x); kv_free(y); kv_free(page);
+    kv_codec_free(c);
+    return e / n;
+}
+
+static void close_to(const char *what, double got, double want, double tolerance)
+{
+    CHECK(fabs(got / want - 1) <= tolerance, "%s: %.4g, want %.4g within %g %%", what, got, want, 100 * tolerance);
+}
+
+static void test_fields(void)
+{
+    static const int bases[] = { 2, 3, 5, 6, 7, 10, 12, 48, 64, 96, 100, 127, 128, 192, 255, 256, 257, 1000, 1448, 4095, 4096 };
+    static int32_t index[POLAR_ROW], back[POLAR_ROW];
+    static uint8_t bytes[2 * KV_MAX_HEAD_DIM + POLAR_OVERREAD];
+    for (unsigned b = 0; b < sizeof bases / sizeof *bases; b++)
+        for (int count = 1; count <= 256; count += count < 40 ? 1 : 27) {
+            polar_field f;
+            polar_field_init(&f, bases[b], count);
+            const double floor_bits = count * log2(bases[b]), plain = ceil(log2(bases[b])) * count;
+            CHECK(8 * f.bytes >= floor_bits - 1e-9 && f.bytes <= ceil(plain / 8) && f.bytes <= (int)sizeof bytes - POLAR_OVERREAD, "base %d count %d: %d bytes", bases[b], count, f.bytes);
+            for (int pass = 0; pass < 2; pass++) {                    /* random, and the largest of all */
+                for (int i = 0; i < count; i++) {
+                    uint32_t r[4];
+                    kv_rng_u32(31, (uint32_t)b, (uint32_t)count, (uint32_t)i, r);
+                    index[i] = pass ? bases[b] - 1 : (int32_t)(r[0] % (uint32_t)bases[b]);
+                }
+                memset(bytes, 0xff, sizeof bytes);
+                polar_pack(&f, index, bytes);
+                CHECK(bytes[f.bytes] == 0xff, "base %d count %d: packed past the row", bases[b], count);
+                for (int level = 0; level <= kv_cpu_simd_max(); level++) {
+                    kv_cpu_limit(level);
+                    memset(back, 0xff, sizeof back);
+                    polar_at_level()->unpack(&f, bytes, back);
+                    CHECK(memcmp(index, back, (size_t)count * 4) == 0, "base %d count %d simd=%d: indices do not come back", bases[b], count, level);
+                }
+            }
+        }
+    close_to("3 at 1.6 bits", polar_field_bits(3, 160), 1.6, 1e-9);              /* 5 trits a byte; log2 3 = 1.585 */
+    close_to("100 in 20 bits a triple", polar_field_bits(100, 96), 20.0 / 3, 1e-9);
+    close_to("192 at 23 bits a triple", polar_field_bits(192, 48), 23.0 / 3, 1e-9);
+    close_to("128 plain", polar_field_bits(128, 64), 7, 1e-9);
+}
+
+static void test_mathematics(void)
+{
+    enum { N = 256 };
+    static float y[2 * N + POLAR_PAD], r[POLAR_ROW], x[POLAR_ROW];
+    static int32_t index[POLAR_ROW];
+    for (int level = 0; level <= kv_cpu_simd_max(); level++) {
+        kv_cpu_limit(level);
+        const polar_level *l = polar_at_level();
+        for (int base = 2; base <= 4096; base = base * 3 / 2 + 1) {
+            kv_rng_normal(41, base, 0, 2 * N, y);
+            y[0] = y[1] = y[3] = 0;
+            y[4] = -1, y[5] = 0;
+            l->split(y, N, base, r, index);
+            for (int i = 0; i < N; i++) {
+                const double turn = atan2(y[2 * i + 1], y[2 * i]) / (2 * M_PI), off = remainder(turn - (double)index[i] / base, 1);
+                CHECK(index[i] >= 0 && index[i] < base && fabs(off) <= 0.5 / base + 2e-7, "simd=%d base %d: (%g, %g) -> %d", level, base, y[2 * i], y[2 * i + 1], index[i]);
+                CHECK(fabs(r[i] - hypot(y[2 * i], y[2 * i + 1])) <= 2e-7 * r[i], "radius %g", r[i]);
+            }
+        }
+        for (int i = 0; i < N; i++) x[i] = y[i] = ldexpf(1.0f + (float)i / N, i - 126);
+        l->log2(x, N);
+        for (int i = 0; i < N - 2; i++) CHECK(fabs(x[i] - log2(y[i])) < 2e-7 * fabs(log2(y[i])) + 1e-7, "log2 %g: %.9g", y[i], x[i]);
+        for (int i = 0; i < N; i++) x[i] = y[i] = (float)(i - 128) * 0.97f;
+        x[0] = -65504;
+        l->exp2(x, N);
+        CHECK(x[0] == 0, "2^-65504 is %g", x[0]);
+        for (int i = 3; i < N; i++) CHECK(fabs(x[i] / exp2(y[i]) - 1) < 2e-7, "exp2 %g: %.9g", y[i], x[i]);
+    }
+}
+
+/* 2 (1 - sin(pi/n)/(pi/n)): uniform angles, centred bins, exact radii. */
+static void test_angles(void)
+{
+    static const int n[] = { 16, 24, 32, 48, 64, 100, 128, 192, 256, 300, 512, 1000, 4096 };
+    for (int i = 0; i < 13; i++) {
+        char text[64];
+        const double a = M_PI / n[i], want = 2 * (1 - sin(a) / a);
+        snprintf(text, sizeof text, "angles=%d,norm=f32", n[i]);
+        close_to(text, rel_error("polar", text, 128, i % 2, NULL), want, 0.01);
+    }
+}
+
+static void test_tables(void)
+{
+    /* d = 128, f16 side data: relative error of angles x norms over Gaussian vectors */
+    static const struct { const char *params; double want; } row[] = {
+        { "angles=64,norm=lin,norm_bits=8", 8.08e-4 }, { "angles=64,norm=lin,norm_bits=4", 2.34e-3 }, { "angles=64,norm=log,norm_bits=4", 4.31e-3 },
+        { "angles=128,norm=lin,norm_bits=8", 2.06e-4 }, { "angles=128,norm=lin,norm_bits=7", 2.22e-4 }, { "angles=128,norm=lin,norm_bits=5", 5.59e-4 },
+        { "angles=128,norm=lin,norm_bits=4", 1.73e-3 }, { "angles=256,norm=lin,norm_bits=8", 5.56e-5 }, { "angles=256,norm=lin,norm_bits=7", 7.17e-5 },
+        { "angles=256,norm=lin,norm_bits=6", 1.37e-4 }, { "angles=512,norm=lin,norm_bits=8", 1.79e-5 }, { "angles=16,norm=log,norm_bits=4", 1.64e-2 },
+        { "angles=32,norm=log,norm_bits=3", 2.0e-2 } };
+    for (unsigned i = 0; i < sizeof row / sizeof *row; i++) close_to(row[i].params, rel_error("polar", row[i].params, 128, KV_SIDE_K, NULL), row[i].want, 0.05);
+
+    /* The published totals: K128 V64 with K8V4-log is 3.25 angle bits, 3 norm bits and two f16 a vector. */
+    double k, v, k4, v4;
+    const double kept = rel_error("polar", "angles=128,norm=lin,norm_bits=8", 128, KV_SIDE_K, &k);
+    rel_error("polar", "angles=64,norm=log,norm_bits=4", 128, KV_SIDE_V, &v);
+    rel_error("polar", "angles=256,norm=lin,norm_bits=8", 128, KV_SIDE_K, &k4);
+    rel_error("polar", "angles=128,norm=log,norm_bits=4", 128, KV_SIDE_V, &v4);
+    close_to("uniform base", (k + v) / 2, 6.5, 1e-9);
+    close_to("Mistral-7B, four boosted layers of 32", (28 * (k + v) + 4 * (k4 + v4)) / 64, 6.5625, 1e-9);
+    double b;
+    const double moved = rel_error("polar", "angles=256,norm=lin,norm_bits=7", 128, KV_SIDE_K, &b);
+    CHECK(b == k && kept / moved > 2.7 && kept / moved < 3.1, "rebalanced keys: %g bits against %g, error %g times smaller", b, k, kept / moved);
+
+    /* PolarQuant: 62 bits for 16 elements; its error is the sum of what its angles leave. */
+    const double e = rel_error("polar", "levels=4,angles=16,upper=4,norm=f16", 128, KV_SIDE_K, &b);
+    close_to("PolarQuant's bits", b, 3.875, 1e-9);
+    double sum = 2 * (1 - sin(M_PI / 16) / (M_PI / 16));
+    for (int l = 1; l < 4; l++) {
+        double c[4], err = 0, mass = 0;
+        polar_lloyd(POLAR_ANGLE, 1 << l, 4, c);
+        for (int i = 0; i < 100000; i++) {
+            const double psi = (i + 0.5) * M_PI_2 / 100000, f = pow(sin(2 * psi), (1 << l) - 1);
+            double best = 9;
+            for (int j = 0; j < 4; j++) best = fmin(best, fabs(psi - c[j]));
+            err += f * 2 * (1 - cos(best));
+            mass += f;
+        }
+        sum += err / mass;
+        for (int j = 0; j < 4; j++) CHECK(fabs(c[j] + c[3 - j] - M_PI_2) < 2e-3, "level %d: codebook is symmetric about pi/4 (%g %g)", l + 1, c[j], c[3 - j]);
+    }
+    close_to("PolarQuant's error", e, sum, 0.03);
+}
+
+static void test_modes(void)
+{
+    double b, one;
+    one = rel_error("polar", "angles=1024,norm=lloyd,norm_bits=0", 128, KV_SIDE_V, &b);
+    close_to("one radius for all: 1 - E[r]^2 of Rayleigh variables, less the scale's share", one, (1 - M_PI / 4) * 63 / 64, 0.01);
+    close_to("5 bits and a scale", b, 5.125, 1e-9);
+    CHECK(rel_error("polar", "angles=1024,norm=lloyd,norm_bits=4", 128, KV_SIDE_V, NULL) < 1.9e-3, "Lloyd-Max of radii: Panter and Dite's 1.8e-3");
+    kv_codec *c;
+    CHECK(kv_codec_new(&c, "polar", "norm_bits=0", 64, 64, 0) == KV_E_PARAM && strstr(kv_last_error(), "norm_bits=0 is for norm=lloyd alone"), "%s", kv_last_error());
+    CHECK(kv_codec_new(&c, "polar", "levels=4", 72, 64, 0) == KV_E_PARAM && strstr(kv_last_error(), "multiple of 16, head_dim=72 is not"), "%s", kv_last_error());
+    CHECK(kv_codec_new(&c, "polar", "angles=4097", 64, 64, 0) == KV_E_PARAM && strstr(kv_last_error(), "angles=4097 is outside 2..4096"), "%s", kv_last_error());
+    static const int dims[] = { 64, 80, 96, 112, 128, 256, 512 };
+    for (int i = 0; i < 7; i++) {
+        rel_error("polar", "angles=100,norm=lin,norm_bits=6", dims[i], KV_SIDE_K, &b);
+        CHECK(b >= 0.5 * log2(100) + 3 + 32.0 / dims[i] && b < 0.5 * log2(100) + 3 + 32.0 / dims[i] + 0.2, "head_dim %d: %g bits", dims[i], b);
+    }
+    for (double target = 3; target <= 9; target += 0.25) {
+        char text[128];
+        CHECK(kv_codec_fit_bits("polar", "norm=lin", 64, 0, target, text, sizeof text) == KV_OK, "%s", kv_last_error());
+        rel_error("polar", text, 64, 0, &b);
+        CHECK(fabs(b - target) < 0.1, "fit %g: %s is %g", target, text, b);
+    }
+    /* What fits 8 bits is no worse than the published split of them. */
+    char text[128];
+    kv_codec_fit_bits("polar", "norm=lin", 128, 0, 7.75, text, sizeof text);
+    CHECK(rel_error("polar", text, 128, 0, NULL) < 1e-4, "%s", text);
+}
+
+int main(void)
+{
+    printf("seeds 21, 31, 41; simd up to %d\n", kv_cpu_simd_max());
+    test_fields();
+    test_mathematics();
+    test_angles();
+    test_tables();
+    test_modes();
+    return check_end();
+}
