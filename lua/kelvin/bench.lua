@@ -155,9 +155,11 @@ function M.codecs(o)
     local lines = { { "codec", "bits", "encode", "decode", "dot", "accumulate", "dot tiles", "acc tiles", "dot codes", "acc codes", "path" } }
     local function f(v) return ("%.2f"):format(v) end
     for _, r in ipairs(t) do
-      lines[#lines + 1] = { r.codec, f(r.bits), f(r.encode_gb_s), f(r.decode_gb_s), f(r.dot_gb_s), f(r.accumulate_gb_s), f(r.dot_tiles_gb_s), f(r.accumulate_tiles_gb_s), f(r.dot_codes_gb_s), f(r.accumulate_codes_gb_s), r.fused and "fused" or "tiles" }
+      lines[#lines + 1] = { r.codec, f(r.bits), f(r.encode_gb_s), f(r.decode_gb_s), f(r.dot_gb_s), f(r.accumulate_gb_s),
+        f(r.dot_tiles_gb_s), f(r.accumulate_tiles_gb_s), f(r.dot_codes_gb_s), f(r.accumulate_codes_gb_s), r.fused and "fused" or "tiles" }
     end
-    return ("GB/s of one thread, d=%d, %d queries a head: f32 source that the codes stand for; 'tiles' decodes to f32 first; 'codes' is stored bytes; memcpy %.1f GB/s (read + written)\n"):format(dim, queries, memcpy)
+    return ("GB/s of one thread, d=%d, %d queries a head: f32 source that the codes stand for; "
+      .. "'tiles' decodes to f32 first; 'codes' is stored bytes; memcpy %.1f GB/s (read + written)\n"):format(dim, queries, memcpy)
       .. require("kelvin.evaltext").aligned(lines)
   end })
 end
