@@ -306,6 +306,21 @@ void        kv_json_free(kv_json *d);
 int         kv_sha256(const void *data, double n_bytes, char *hex65);
 int         kv_sha256_file(const char *path, char *hex65);
 
+/* ---- containers: files of encoded pages (docs/formats.md).  kv_x_save says in its file what made it; stage "raw", "zlib",
+ * "lzma", "rans" or "smallest", level -1 for the stage's own. ------------------------------------------------------------ */
+
+typedef struct kv_pack kv_pack;                                   /* an open file, mapped */
+typedef struct kv_pack_section_info {
+    const char *kind, *meta, *stage;       /* meta: JSON; stage: as wished, pages that did not shrink are raw */
+    int         version, optional, level, n_pages;
+    double      raw_bytes, stored_bytes;
+} kv_pack_section_info;
+int  kv_pack_open(kv_pack **out, const char *path);
+int  kv_pack_info(const kv_pack *p, int *version, int *n_sections, double *file_bytes);
+int  kv_pack_section_at(const kv_pack *p, int i, kv_pack_section_info *out);
+int  kv_pack_check(const kv_pack *p, int section, int page);      /* KV_E_CORRUPT names the page */
+void kv_pack_free(kv_pack *p);
+
 /* ---- line editing, pull-style over libedit ----------------------------------------------------------------------- */
 
 int         kv_edit_available(void);                              /* 1 on a terminal with libedit linked in */

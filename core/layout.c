@@ -53,6 +53,10 @@ static const kv_layout_entry layout[] = {
         FIELD(kv_device_info, n_devices) FIELD(kv_device_info, sm) FIELD(kv_device_info, abi)
         FIELD(kv_device_info, driver) FIELD(kv_device_info, runtime) FIELD(kv_device_info, memory_bytes)
         FIELD(kv_device_info, plugin)
+    STRUCT(kv_pack_section_info) FIELD(kv_pack_section_info, kind) FIELD(kv_pack_section_info, meta)
+        FIELD(kv_pack_section_info, stage) FIELD(kv_pack_section_info, version) FIELD(kv_pack_section_info, optional)
+        FIELD(kv_pack_section_info, level) FIELD(kv_pack_section_info, n_pages) FIELD(kv_pack_section_info, raw_bytes)
+        FIELD(kv_pack_section_info, stored_bytes)
 };
 
 /* "kv_x" is a struct (offset 0), "kv_x.f" a field of it. */
