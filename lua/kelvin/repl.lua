@@ -121,6 +121,7 @@ end
 local function incomplete(err) return err:match "'<eof>'%s*$" ~= nil end
 
 local function clean(err, multi)
+  if type(err) == "table" and type(err.message) == "string" then return err.message end
   if type(err) ~= "string" then return M.show(err) end
   return (err:gsub("^repl:(%d+): ", multi and "line %1: " or ""))
 end
@@ -128,6 +129,22 @@ end
 local function keep(env, ok, ...)
   if ok then env._ = (...) end
   return ok, select("#", ...), { ... }
+end
+
+-- Ctrl-C stops a line of Lua: compiled loops ask nobody, so what is typed at the prompt is interpreted (functions that it calls
+-- are compiled as ever), and the interpreter asks every HOOK_EVERY instructions.
+local HOOK_EVERY = 10000
+local function stop_on_interrupt()
+  if C.kv_interrupted() == 1 then error({ interrupted = true, message = "interrupted" }, 0) end
+end
+
+local function guarded(f, handler)
+  jit.off(f)
+  debug.sethook(stop_on_interrupt, "", HOOK_EVERY)
+  return (function(...)
+    debug.sethook()
+    return ...
+  end)(xpcall(f, handler))
 end
 
 --- One line.  Returns true when more is wanted to complete what was begun.
@@ -151,7 +168,7 @@ function Repl:line(text)
   end
   local trace
   local before = self.env._
-  local ok, n, results = keep(self.env, xpcall(f, function(e)
+  local ok, n, results = keep(self.env, guarded(f, function(e)
     trace = debug.traceback("", 2)
     return e
   end))
@@ -216,7 +233,8 @@ end
 function M.banner()
   local lib = require "kelvin.lib"
   local ok, cuda = pcall(lib.device, "cuda")
-  local device = ok and cuda.available and "cuda: " .. cuda.name or "cuda: " .. (ok and cuda.reason ~= "" and cuda.reason or "not here")
+  local device = ok and cuda.available and cuda.name or ok and cuda.reason ~= "" and cuda.reason or "not here"
+  device = "cuda: " .. device:gsub("^cuda: ", "")
   return ("kelvin %s  cpu %s, %d thread%s (%s)    ? for help, Ctrl-D to leave"):format(ffi.string(C.kv_version()), (lib.simd()), lib.threads(), lib.threads() == 1 and "" or "s", device)
 end
 
