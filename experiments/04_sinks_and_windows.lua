@@ -13,5 +13,5 @@ return kv.experiment {
   report = { kv.table { rows = "sink", cols = "recent", cell = "kld.mean", where = { codec = "turboquant" } },
              kv.table { rows = "sink", cols = "recent", cell = "bits_allin", where = { codec = "turboquant" } },
              kv.plot { x = "bits_allin", y = "kld.mean", series = "codec", log_y = true, front = true } },
-  smoke = { context = 256, chunks = 1 },
+  smoke = { context = 128, chunks = 1, grid = { codec = { "turboquant" }, sink = { 0, 4 }, recent = { 0, 32 } } },
 }

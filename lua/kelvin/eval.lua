@@ -21,7 +21,7 @@ local FIRST_GROUP, GROUP = 3, 6      -- arms that share weight reads; more only 
 local VACUOUS = 0.5                  -- least share of pairs from compressed storage for a row to be ranked
 local CANARY = 1                     -- nats: mean KLD that the broken codec must pass
 local CONTROL_TOKENS = 256           -- of the identity and canary chunk
-local MUTATION_TOKENS, MUTATION_SHARE = 128, 0.05
+local MUTATION_TOKENS, MUTATION_SHARE = 32, 0.05      -- compressed tokens in which 5 % of the bytes are flipped
 local N_BOOT = 1000                  -- block bootstrap resamples (PROTOCOL B.6)
 local DEPTHS = { 0, 512, 1024, 2048, 4096, 8192, 16384, 32768 }
 
@@ -120,13 +120,13 @@ end
 
 --- Feeds a prefix, forks, flips bits in compressed pages: the next token's logits must differ.  Also tells the path taken.
 local function mutation(model, plan, buf, context)
-  local n = math.min(context - 1, MUTATION_TOKENS)
+  local n = 1
   for _, y in ipairs(plan.layers) do
     local granule = 1
     for _, side in ipairs { "k", "v" } do
       for _, c in pairs(y[side]) do granule = math.max(granule, c:info_for(model.head_dim, plan.page_tokens, side).granule) end
     end
-    n = math.max(n, math.min(context - 1, y.sink + y.recent + 2 * granule))
+    n = math.max(n, math.min(context - 1, y.sink + y.recent + math.max(MUTATION_TOKENS, 2 * granule)))
   end
   local ids = {}
   for i = 1, n + 1 do ids[i] = buf[i - 1] end

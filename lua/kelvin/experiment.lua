@@ -275,12 +275,12 @@ function M.run_file(path, opts)
       calibration = calib:describe(), semantics = e.mode, score = e.score, context = e.context, chunks = e.chunks, seed = e.seed, measure = json.array(e.measure), code = code }
     prepare(e, points, model, calib, inputs)
     for _, p in ipairs(points) do
+      if p.digest then described.plans[p.digest] = p.expansion end
       if p.skip then
         counts.skipped = counts.skipped + 1
         described.skipped[counts.skipped] = { point = p.name, reason = p.skip }
       elseif opts.resume and run:done(p.id) then counts.resumed = counts.resumed + 1
       else
-        if p.digest then described.plans[p.digest] = p.expansion end
         if p.message then
           counts.failed = counts.failed + 1
           run:append(complete({ status = "error", message = p.message }, p, described.host))

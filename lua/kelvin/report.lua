@@ -25,6 +25,19 @@ local function interval(row, path)
   if base and tables.number(row, base .. ".q1") then return tables.number(row, base .. ".q1"), tables.number(row, base .. ".q3") end
 end
 
+-- Exact tokens of the arms, as their plans have them: a policy may set its own.
+local function windows(run)
+  local sink, recent
+  for _, plan in pairs(run.plans or {}) do
+    for _, part in ipairs(plan.layers) do
+      local y = part.layer
+      if sink and (sink ~= y.sink or recent ~= y.recent) then return "sinks and windows differ between arms or layers" end
+      sink, recent = y.sink, y.recent
+    end
+  end
+  return sink and ("all arms: %d sinks, %d recent exact"):format(sink, recent)
+end
+
 local function caption(run, rows)
   local parts = { "run " .. tostring(run.run_id or "?") }
   local r = rows[1]
@@ -33,7 +46,7 @@ local function caption(run, rows)
     if run.data and run.data.name then parts[#parts + 1] = "text " .. run.data.name end
     if r.context then parts[#parts + 1] = ("context %d"):format(r.context) end
     if r.n_scored then parts[#parts + 1] = ("%d tokens scored"):format(r.n_scored) end
-    if run.config and run.config.sink then parts[#parts + 1] = ("all arms: %d sinks, %d recent exact"):format(run.config.sink, run.config.recent or 0) end
+    parts[#parts + 1] = windows(run)
     if tables.number(r, "kld.ci_lo") then parts[#parts + 1] = "bars: 95 % block bootstrap" end
   end
   return table.concat(parts, " · ")
