@@ -18,7 +18,7 @@ local function word(value) return tonumber(value) or value end
 
 local function whole(arm, key, value, min)
   local n = tonumber(value)
-  check.that(n and n % 1 == 0 and n >= min, "arm '%s': %s=%s is not a whole number from %d", arm, key, value, min)
+  check.that(n and n % 1 == 0 and n >= min and n < 2 ^ 31, "arm '%s': %s=%s is not a whole number from %d", arm, key, value, min)
   return n
 end
 

@@ -111,6 +111,7 @@ function M.codecs(o)
   local codec, tensor = require "kelvin.codec", require "kelvin.tensor"
   local dim, tokens, heads, queries = o.dim or 64, 4096, 4, 4
   local names = o.names or { "f16", "q8_0", "q4_0", "kivi-4", "kivi-2", "turboquant-2", "turboquant-3", "turboquant-4" }
+  for _, name in ipairs(names) do codec.new(name):info_for(dim) end      -- a wrong name or dim before any work
   local threads = lib.threads()
   lib.threads(1)
   local x = tensor.randn { heads, tokens, dim, seed = 3 }

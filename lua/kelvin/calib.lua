@@ -19,7 +19,8 @@ doc("model:calibrate", [[
 function M.new(model, o)
   local ids = o.tokens or model:tokenize(check.that(o.text, "calibrate: text = or tokens = is needed"), { add_special = false })
   local context, chunks, skip = o.context or 512, o.chunks or 8, o.skip or 4
-  check.that(#ids >= context, "calibrate: %d tokens given, context=%d needs as many", #ids, context)
+  check.that(context % 1 == 0 and context > skip and chunks >= 1, "calibrate: context=%s, chunks=%s, skip=%s: whole chunks longer than skip are needed", tostring(context), tostring(chunks), tostring(skip))
+  check.that(#ids >= context, "calibrate: %s has %d tokens, one chunk of context=%d needs as many", o.name or "the text", #ids, context)
   local h = K.handle("kv_calib", C.kv_calib_free, function(out) return C.kv_calib_new(out, model._m, o.sample or 0) end)
   local self = setmetatable({ _c = h, model = model, context = context, skip = skip, chunks = 0 }, Calib)
   local more, buf = ffi.new "int[1]", ffi.new("int32_t[?]", context)

@@ -9,26 +9,32 @@ local DEFAULT_MODEL = "smollm2-135m"
 
 -- ---- the options --------------------------------------------------------------------------------------------------------
 
-local function positive(name)
+local MAX_COUNT, MAX_SEED = 2 ^ 31 - 1, 2 ^ 32 - 1
+
+local function whole(name, min, max)
   return function(text)
     local n = tonumber(text)
-    if not n or n % 1 ~= 0 or n < 1 then return nil, ("%s=%s is not a whole number from 1"):format(name, text) end
+    if not n or n % 1 ~= 0 or n < min then return nil, ("%s=%s is not a whole number from %d"):format(name, text, min) end
+    if n > max then return nil, ("%s=%s is outside %d..%.0f"):format(name, text, min, max) end
     return n
   end
 end
+local function positive(name) return whole(name, 1, MAX_COUNT) end
+local function from_zero(name) return whole(name, 0, MAX_COUNT) end
+local function seed() return whole("--seed", 0, MAX_SEED) end
 
-local function from_zero(name)
+local function one_of(name, ...)
+  local list = { ... }
   return function(text)
-    local n = tonumber(text)
-    if not n or n % 1 ~= 0 or n < 0 then return nil, ("%s=%s is not a whole number from 0"):format(name, text) end
-    return n
+    for _, word in ipairs(list) do if word == text then return word end end
+    return nil, ("%s=%s is none of %s"):format(name, text, table.concat(list, ", "))
   end
 end
 
 local function real(name)
   return function(text)
     local n = tonumber(text)
-    if not n or n < 0 then return nil, ("%s=%s is not a number from 0"):format(name, text) end
+    if not n or not (n >= 0 and n < math.huge) then return nil, ("%s=%s is not a number from 0"):format(name, text) end
     return n
   end
 end
@@ -38,7 +44,7 @@ local function parser()
   local p = argparse("kelvin", "An absolute scale for KV-cache compression.", "Without a command: the REPL.  `kelvin COMMAND --help` shows a command's options and an example.")
   p:require_command(false):command_target "command":help_max_width(110)
   p:option("--threads", "Threads for the core (default: all that this process may use)."):convert(positive "--threads"):argname "N"
-  p:option("--log", "error, warn, info or debug (KV_LOG sets the default)."):choices { "error", "warn", "info", "debug" }:argname "LEVEL"
+  p:option("--log", "error, warn, info or debug (KV_LOG sets the default)."):convert(one_of("--log", "error", "warn", "info", "debug")):argname "LEVEL"
   p:flag("--version", "Print version, compiler and declarations' hash."):target "version"
 
   local run = p:command("run", "Run an experiment script; tables and plots go to results/.", "Example: kelvin run experiments/01_pareto.lua --smoke")
@@ -73,7 +79,7 @@ local function parser()
 
   local chat = p:command("chat", "Generate text over a cache of your choice, with speed and bytes per token.",
     "Example: kelvin chat --arm k=turboquant-4,v=turboquant-3 --prompt 'Why is the sky blue?'")
-  chat:argument("model", "A model's name or a .gguf file."):args "?":default(DEFAULT_MODEL):argname "MODEL"
+  chat:argument("model", "A model's name or a .gguf file (default: " .. DEFAULT_MODEL .. ")."):args "?":argname "MODEL"
   chat:option("--arm", "Cache setting, such as q8_0 or k=turboquant-4,v=turboquant-3,sink=4 (default: exact f16)."):argname "ARM"
   chat:option("--policy", "A Lua file that returns kv.policy{...}."):argname "FILE"
   chat:option("--prompt", "One prompt; without it, lines of the terminal or all of piped stdin."):argname "TEXT"
@@ -84,18 +90,18 @@ local function parser()
   chat:option("--temperature", "0 is greedy."):convert(real "--temperature"):default "0":argname "T"
   chat:option("--top-k", "Sample among the k likeliest (0: all)."):convert(from_zero "--top-k"):default "0":argname "K"
   chat:option("--top-p", "Sample among the likeliest that make up this share."):convert(real "--top-p"):default "1":argname "P"
-  chat:option("--seed", "Of the sampler, and of rotations."):convert(from_zero "--seed"):default "1":argname "N"
+  chat:option("--seed", "Of the sampler, and of rotations."):convert(seed()):default "1":argname "N"
   chat:option("--calib", "Text for calibrated means."):argname "FILE"
 
   local bench = p:command("bench", "Measure speed: decode, codecs or eval.", "Example: kelvin bench decode --depth 0,4096 --arm f16 --arm turboquant-4")
-  bench:argument("what", "decode, codecs or eval."):choices { "decode", "codecs", "eval" }
-  bench:argument("model", "A model's name or a .gguf file."):args "?":default(DEFAULT_MODEL):argname "MODEL"
+  bench:argument("what", "decode, codecs or eval."):convert(one_of("bench", "decode", "codecs", "eval"))
+  bench:argument("model", "A model's name or a .gguf file (default: " .. DEFAULT_MODEL .. ")."):args "?":argname "MODEL"
   bench:option("--depth", "Depths of the cache, for decode."):default "0,4096":argname "N,N"
   bench:option("--arm", "Cache setting; again for more (decode: f16, q8_0, turboquant-4)."):count "*":argname "ARM"
   bench:option("--repeats", "Interleaved repeats; medians are shown."):convert(positive "--repeats"):default "5":argname "N"
   bench:option("--tokens", "Tokens a repeat."):convert(positive "--tokens"):default "16":argname "N"
   bench:option("--dim", "head_dim, for codecs."):convert(positive "--dim"):default "64":argname "N"
-  bench:option("--format", "table or json."):choices { "table", "json" }:default "table"
+  bench:option("--format", "table or json."):convert(one_of("--format", "table", "json")):default "table"
 
   local eval = p:command("eval", "Measure arms against an exact cache: KL divergence, perplexity, bits.",
     "Example: kelvin eval smollm2-135m --text book.txt --context 512 --chunks 30 --arm q4_0 --arm k=turboquant-4,v=turboquant-3,mean=both --calib other.txt")
@@ -104,16 +110,16 @@ local function parser()
   eval:option("--arm", "Cache setting; again for more."):argname "ARM":count "+"
   eval:option("--context", "Tokens of a chunk."):convert(positive "--context"):default "512":argname "N"
   eval:option("--chunks", "Chunks at most."):convert(positive "--chunks"):default "30":argname "N"
-  eval:option("--score", "second-half or all."):choices { "second-half", "all" }:default "second-half"
+  eval:option("--score", "second-half or all."):convert(one_of("--score", "second-half", "all")):default "second-half"
   eval:option("--sink", "Exact tokens at the start, for arms that do not say."):convert(from_zero "--sink"):default "0":argname "N"
   eval:option("--recent", "Exact tokens at the end, for arms that do not say."):convert(from_zero "--recent"):default "0":argname "N"
   eval:option("--page-tokens", "Tokens of a page, for arms that do not say."):convert(positive "--page-tokens"):argname "N"
-  eval:option("--mode", "visibility (one pass) or stream (token by token)."):choices { "visibility", "stream" }:default "visibility"
-  eval:option("--calib", "Another text, for mean=both and policies that read stats."):argname "FILE"
+  eval:option("--mode", "visibility (one pass) or stream (token by token)."):convert(one_of("--mode", "visibility", "stream")):default "visibility"
+  eval:option("--calib", "Another text than the one scored, for mean=both, k or v (default: the demo's)."):argname "FILE"
   eval:option("--calib-chunks", "Chunks of it."):convert(positive "--calib-chunks"):default "8":argname "N"
-  eval:option("--seed", "Of every codec that has one."):convert(from_zero "--seed"):argname "N"
+  eval:option("--seed", "Of every codec that has one."):convert(seed()):argname "N"
   eval:option("--rows", "Write rows as JSON lines."):argname "FILE"
-  eval:option("--format", "table, json or llama."):choices { "table", "json", "llama" }:default "table"
+  eval:option("--format", "table, json or llama."):convert(one_of("--format", "table", "json", "llama")):default "table"
   eval:flag("--no-controls", "Leave out identity, canary and mutation.")
   return p
 end
@@ -141,10 +147,31 @@ local function policy_file(path)
   return p
 end
 
-local function calibration(model, path, chunks)
-  if not path then return nil end
-  local text = read_file(path, "--calib")
-  return model:calibrate { text = text, chunks = chunks or 8, source = path:match "[^/]+$", on_progress = function(i, n) log.progress(i / n, "calibrating") end }
+local DEFAULT_CALIB = "jargon"
+
+-- Means come from a text: --calib's, or for arms that remove them the default's calibration part.  Never from what is scored.
+local function calibration(model, o)
+  local lib = require "kelvin.lib"
+  local text, source
+  if o.path then
+    text, source = read_file(o.path, "--calib"), o.path:match "[^/]+$"
+    check.that(text ~= o.scored, "--calib: '%s' is the text that is scored; means must come from another", o.path)
+  else
+    local needs
+    for _, arm in ipairs(o.arms or {}) do
+      local mean = require("kelvin.arm").parse(arm).mean
+      if mean == "both" or mean == "k" or mean == "v" then needs = needs or arm end
+    end
+    if not needs then return nil end
+    local ok, t = pcall(require("kelvin.text").load, DEFAULT_CALIB)
+    check.that(ok, "arm '%s' removes calibrated means, and the default text for them cannot be had (%s): give another with --calib FILE", needs, t)
+    check.that(not o.scored or lib.sha256(o.scored) ~= t.sha256 and not o.scored:find(t.calibrate:sub(1, 4096), 1, true),
+      "arm '%s' removes calibrated means, and the default text for them is what is scored: give another with --calib FILE", needs)
+    text, source = t.calibrate, { name = t.name, part = "calibrate", sha256 = t.calibrate_sha256 }
+    log.info("calibrating on %s; --calib FILE takes another text", t.name)
+  end
+  return model:calibrate { text = text, chunks = o.chunks or 8, source = source, name = type(source) == "string" and "--calib " .. source or nil,
+    on_progress = function(i, n) log.progress(i / n, "calibrating") end }
 end
 
 local commands = {}
@@ -153,6 +180,7 @@ function commands.eval(a)
   local json = require "kelvin.json"
   local model = require("kelvin.model").open(a.model)
   local text = read_file(a.text, "--text")
+  for _, arm in ipairs(a.arm) do require("kelvin.arm").parse(arm) end
   local out
   if a.rows then
     local err
@@ -163,15 +191,17 @@ function commands.eval(a)
   local sha = out and require("kelvin.lib").sha256_file(model.path) or nil
   local failed = false
   local rows = require("kelvin.eval").run { model = model, text = text, data_name = a.text:match "[^/]+$", arms = a.arm, context = a.context, chunks = a.chunks, score = a.score,
-    sink = a.sink, recent = a.recent, page_tokens = a.page_tokens, mode = a.mode, calib = calibration(model, a.calib, a.calib_chunks), seed = a.seed,
+    sink = a.sink, recent = a.recent, page_tokens = a.page_tokens, mode = a.mode, calib = calibration(model, { path = a.calib, chunks = a.calib_chunks, arms = a.arm, scored = text }), seed = a.seed,
     controls = not a.no_controls, model_sha256 = sha, on_progress = log.progress,
     on_row = function(row)
       log.clear()
-      log.info("%s", ("%-40s bits %.3f  KLD %.6f ± %.6f  %s"):format(row.arm, row.bits_allin, row.kld.mean, row.kld.se, row.status))
+      log.info("%s", ("%-40s bits %.3f  KLD %.6f%s  %s"):format(row.arm, row.bits_allin, row.kld.mean,
+        row.kld.se == row.kld.se and (" ± %.6f"):format(row.kld.se) or "", row.status))
       failed = failed or row.status == "error"
       if out then
-        out:write(json.encode(row), "\n")
-        out:flush()
+        local written, why = out:write(json.encode(row), "\n")
+        if written then written, why = out:flush() end
+        check.that(written, "--rows: %s: %s", a.rows, why)
       end
     end }
   log.clear()
@@ -193,6 +223,8 @@ function commands.report(a) return require("kelvin.report").remake(a.dir) end
 function commands.repl() return require("kelvin.repl").run() end
 function commands.doctor() return require("kelvin.doctor").main() end
 function commands.chat(a)
+  check.that(not (a.policy and a.arm), "chat: --policy %s and --arm %s: one of them", a.policy, a.arm)
+  check.that(not (a.raw and a.system), "chat: --system needs the chat template that --raw leaves out")
   a.policy = a.policy and policy_file(a.policy)
   return require("kelvin.chat").main(a, calibration)
 end
@@ -214,6 +246,7 @@ function commands.models(a)
     if not a.name then check.fail("models get: a name is needed; known: %s", table.concat(require("kelvin.config").list "models", ", ")) end
     return require("kelvin.fetch").get(a.name)
   end
+  check.that(not a.name, "models: '%s' after '%s'; one model is described at a time", a.name, a.what)
   local m = models.open(a.what)
   print(tostring(m))
   local function line(key, value) print(("  %-14s %s"):format(key, tostring(value))) end
@@ -253,6 +286,26 @@ function commands.lua(a)
   return chunk(unpack(a.args))
 end
 
+-- "--seed -1" as "--seed=-1": argparse would take -1 for an option of its own and name that.
+local function with_values(arg)
+  local out = {}
+  for _, word in ipairs(arg) do
+    local last = out[#out]
+    if word:match "^%-[%d.]" and last and last:match "^%-%-[%w-]+$" then out[#out] = last .. "=" .. word else out[#out + 1] = word end
+  end
+  return out
+end
+
+-- Whether stdout took everything: a full disk must not look like success.
+local function flushed()
+  local ffi = require "ffi"
+  ffi.cdef "int ferror(void *stream);"
+  local ok, why = io.stdout:flush()
+  if ok and ffi.C.ferror(io.stdout) == 0 then return true end
+  io.stderr:write("kelvin: stdout: ", why or "not everything could be written", "\n")
+  return false
+end
+
 --- main(arg): runs a command line and returns the exit status.
 function M.main(arg)
   local ok_parser, p = pcall(parser)
@@ -260,7 +313,7 @@ function M.main(arg)
     io.stderr:write("kelvin: lua module 'argparse' is not here: apt-get install lua-argparse\n")
     return 1
   end
-  local ok, a = p:pparse(arg)
+  local ok, a = p:pparse(with_values(arg))
   if not ok then
     io.stderr:write("kelvin: ", (tostring(a):gsub("\n.*", "")), "\n")
     return 2
@@ -275,6 +328,7 @@ function M.main(arg)
     if a.threads then require("kelvin.lib").threads(a.threads) end
     if a.version then return version() end
     local name = a.command or "repl"
+    if name == "chat" or name == "bench" then a.model = a.model or DEFAULT_MODEL end      -- argparse has no default for an optional argument
     if name ~= "repl" then K.C.kv_interrupt_enable() end
     local status = commands[name](a)
     if type(status) == "boolean" then status = status and 0 or 1 end
@@ -284,7 +338,7 @@ function M.main(arg)
     return type(e) == "table" and (e.message or (e.interrupted and "interrupted")) or e
   end)
   pcall(log.clear)
-  if ok then return type(a.status) == "number" and a.status or 0 end
+  if ok then return flushed() and (type(a.status) == "number" and a.status or 0) or 1 end
   io.stdout:flush()
   io.stderr:write("kelvin: ", tostring(a.status), level == "debug" and trace or "", "\n")
   return 1

@@ -247,12 +247,13 @@ function M.run(o)
   check.that(modes[o.mode], "kv.eval: mode='%s' is none of visibility, stream", tostring(o.mode))
   check.that(o.score == "second-half" or o.score == "all", "kv.eval: score='%s' is none of second-half, all", tostring(o.score))
   check.that(type(o.context) == "number" and o.context >= 8 and o.context % 1 == 0, "kv.eval: context=%s is not a whole number from 8", tostring(o.context))
+  check.that(type(o.chunks) == "number" and o.chunks >= 1 and o.chunks % 1 == 0, "kv.eval: chunks=%s is not a whole number from 1", tostring(o.chunks))
   check.that(type(o.arms) == "table" and next(o.arms) ~= nil, "kv.eval: arms = { … } is needed: arm texts such as \"q4_0\", policies or plans")
   local model = type(o.model) == "string" and models.open(o.model) or o.model
   check.that(type(model) == "table" and model._m, "kv.eval: model = a name, a path or kv.model(...) is needed")
   local ids = o.tokens or model:tokenize(check.that(o.text, "kv.eval: text = or tokens = is needed"))
   local chunks = math.min(o.chunks, math.floor(#ids / o.context))
-  check.that(chunks >= 1, "kv.eval: %d tokens given, context=%d needs as many for one chunk", #ids, o.context)
+  check.that(chunks >= 1, "kv.eval: text %s has %d tokens, one chunk of context=%d needs as many", o.data_name and "'" .. o.data_name .. "'" or "given", #ids, o.context)
 
   local run = { model = model, o = o, chunks = chunks, score_from = o.score == "all" and 0 or math.floor(o.context / 2) }
   local beyond = model:_beyond(o.context)

@@ -53,7 +53,7 @@ function M.table(rows)
   for _, r in ipairs(sorted) do
     local k = r.kld or {}
     lines[#lines + 1] = { r.arm, r.bits_allin and ("%.3f"):format(r.bits_allin) or "-", r.bits_shared and ("%.3f"):format(r.bits_shared) or "-",
-      nice(k.mean), nice(k.se), nice(k.median), nice(k.p99), nice(k.p999), nice(k.max),
+      nice(k.mean), k.se == k.se and nice(k.se) or "-", nice(k.median), nice(k.p99), nice(k.p999), nice(k.max),
       r.same_top1 and ("%.2f %%"):format(100 * r.same_top1) or "-", r.ppl and ("%.3f"):format(r.ppl) or "-", r.rms_dp and ("%.2f %%"):format(100 * r.rms_dp) or "-",
       r.compressed_pair_fraction and ("%.3f"):format(r.compressed_pair_fraction) or "-",
       r.controls and r.controls.mutation and r.controls.mutation.status or "-", r.status }

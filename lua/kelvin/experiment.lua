@@ -27,6 +27,18 @@ local function sorted(t)
   return out
 end
 
+-- Sizes as they will be used, with smoke and --set applied.
+local function validate(e)
+  local least = { seed = 0, context = 8, chunks = 1, sink = 0, recent = 0 }
+  for _, k in ipairs(sorted(least)) do
+    if e[k] % 1 ~= 0 or e[k] < least[k] or e[k] >= 2 ^ 31 then fail("experiment '%s': %s=%.14g is not a whole number from %d", e.name, k, e[k], least[k]) end
+  end
+  for k, words in pairs { score = { "second-half", "all" }, mode = { "visibility", "stream" } } do
+    if e[k] ~= words[1] and e[k] ~= words[2] then fail("experiment '%s': %s='%s' is none of %s", e.name, k, e[k], table.concat(words, ", ")) end
+  end
+  return e
+end
+
 --- Checks a specification and returns it as an experiment; runs nothing.
 function M.define(spec)
   if type(spec) ~= "table" then fail("kv.experiment: a %s given, a table is needed", type(spec)) end
@@ -43,7 +55,7 @@ function M.define(spec)
   for _, name in ipairs(e.measure) do
     if not measure.known[name] then fail("experiment '%s': measure '%s' is none of %s", e.name, tostring(name), table.concat(measure.names(), ", ")) end
   end
-  return setmetatable(e, Experiment)
+  return validate(setmetatable(e, Experiment))
 end
 
 function M.is(e) return getmetatable(e) == Experiment end
@@ -110,7 +122,7 @@ end
 --- Loads a file that returns an experiment.
 function M.load(path)
   local chunk, message = loadfile(path)
-  if not chunk then fail("%s", message:gsub("^cannot open ", "") .. (message:find "^cannot open" and ": no such file" or "")) end
+  if not chunk then fail("%s", message) end
   local e = chunk()
   if not M.is(e) then fail("%s: it returns a %s, kv.experiment{…} is needed", path, type(e)) end
   return e
@@ -155,7 +167,7 @@ function M.resolve(e, opts)
     if not k then fail("--set %s: KEY=VALUE is needed", item) end
     set[#set + 1] = { k, v }
   end
-  return override(e, set)
+  return validate(override(e, set))
 end
 
 local function list(points)
@@ -168,7 +180,8 @@ local function calibrate(e, model, text, progress)
   local o = e.calibrate
   local context, chunks = o.context or math.min(512, e.context), o.chunks or 8
   progress:say("calibrating on %d chunks of %d tokens of another part of %s", chunks, context, text.name)
-  local c = model:calibrate { text = text.calibrate, context = context, chunks = chunks, on_progress = function(done, all) progress:update(done, all, "calibration") end }
+  local name = ("the calibration part of '%s'"):format(text.name)
+  local c = model:calibrate { text = text.calibrate, name = name, context = context, chunks = chunks, on_progress = function(done, all) progress:update(done, all, "calibration") end }
   c.source = { name = text.name, part = "calibrate", sha256 = text.calibrate_sha256 }
   return c
 end
@@ -237,6 +250,8 @@ function M.run_file(path, opts)
   local model = require("kelvin.model").open(e.model)
   local text = require("kelvin.text").load(e.data)
   local model_sha = lib.sha256_file(model.path)
+  local ids = model:tokenize(text.score)
+  if #ids < e.context then fail("experiment '%s': the scored part of '%s' has %d tokens, one chunk of context=%d needs as many", e.name, text.name, #ids, e.context) end
   local code, git = manifest.code(), manifest.git(K.root)
 
   local config = {}
@@ -291,7 +306,6 @@ function M.run_file(path, opts)
   end
   run:save(described)
 
-  local ids = model:tokenize(text.score)
   local ctx = { model = model, context = e.context, ids = ids }
   local function evaluate(group)
     local arms, at = {}, 0

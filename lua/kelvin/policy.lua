@@ -170,7 +170,7 @@ end
 local scope          -- the model and context that kv.fit_budget reads while a plan function runs
 
 local function whole(name, l, key, value)
-  check.that(type(value) == "number" and value % 1 == 0 and value >= 0, "policy '%s': layer %d: %s=%s is not a whole number from 0", name, l, key, tostring(value))
+  check.that(type(value) == "number" and value % 1 == 0 and value >= 0 and value < 2 ^ 31, "policy '%s': layer %d: %s=%s is not a whole number from 0", name, l, key, tostring(value))
   return value
 end
 
@@ -211,7 +211,7 @@ function M.resolve(policy, model, o)
   policy = M.of(policy)
   local p = parameters(policy, o.params)
   local stats = o.calib and o.calib:stats() or setmetatable({}, { __index = function()
-    check.fail("policy '%s': it reads stats, which need calibration: pass calib = model:calibrate{...}", policy.name)
+    check.fail("policy '%s': it reads stats, which need calibration: pass calib = model:calibrate{...} (--calib FILE)", policy.name)
   end })
   local outer = scope
   scope = { model = model, context = o.context or 2048 }

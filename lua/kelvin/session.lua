@@ -23,6 +23,7 @@ function M.new(model, o)
     plan = require("kelvin.policy").resolve(o.policy or o.arm, model, { calib = o.calib, seed = o.seed })
   end
   local max_tokens = o.max_tokens or math.min(model.n_ctx_train > 0 and model.n_ctx_train or 4096, 4096)
+  check.that(type(max_tokens) == "number" and max_tokens >= 1 and max_tokens < 2 ^ 31, "session: max_tokens=%s is not a whole number from 1", tostring(max_tokens))
   local s = K.handle("kv_session", C.kv_session_free, function(out) return C.kv_session_new(out, model._m, plan and plan.handle or nil, max_tokens) end)
   local self = setmetatable({ _s = s, model = model, plan = plan, max_tokens = max_tokens, ids = {} }, Session)
   model:_beyond(max_tokens)
