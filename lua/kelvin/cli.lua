@@ -149,7 +149,14 @@ end
 
 local DEFAULT_CALIB = "jargon"
 
--- Means come from a text: --calib's, or for arms that remove them the default's calibration part.  Never from what is scored.
+local function unpack_spec(spec)
+  local params = {}
+  for name, value in pairs(spec) do if name ~= 1 then params[name] = value end end
+  return spec[1], params
+end
+
+-- Means and tables come from a text: --calib's, or for arms that need them the default's calibration part.  Never from what is
+-- scored.
 local function calibration(model, o)
   local lib = require "kelvin.lib"
   local text, source
@@ -159,14 +166,16 @@ local function calibration(model, o)
   else
     local needs
     for _, arm in ipairs(o.arms or {}) do
-      local mean = require("kelvin.arm").parse(arm).mean
-      if mean == "both" or mean == "k" or mean == "v" then needs = needs or arm end
+      local parsed = require("kelvin.arm").parse(arm)
+      local needed = parsed.mean == "both" or parsed.mean == "k" or parsed.mean == "v"
+      for _, side in ipairs { parsed.k, parsed.v } do needed = needed or require("kelvin.codec").new(unpack_spec(side)).needs_calibration end
+      if needed then needs = needs or arm end
     end
     if not needs then return nil end
     local ok, t = pcall(require("kelvin.text").load, DEFAULT_CALIB)
-    check.that(ok, "arm '%s' removes calibrated means, and the default text for them cannot be had (%s): give another with --calib FILE", needs, t)
+    check.that(ok, "arm '%s' needs calibration, and the default text for it cannot be had (%s): give another with --calib FILE", needs, t)
     check.that(not o.scored or lib.sha256(o.scored) ~= t.sha256 and not o.scored:find(t.calibrate:sub(1, 4096), 1, true),
-      "arm '%s' removes calibrated means, and the default text for them is what is scored: give another with --calib FILE", needs)
+      "arm '%s' needs calibration, and the default text for it is what is scored: give another with --calib FILE", needs)
     text, source = t.calibrate, { name = t.name, part = "calibrate", sha256 = t.calibrate_sha256 }
     log.info("calibrating on %s; --calib FILE takes another text", t.name)
   end
