@@ -17,9 +17,11 @@ enum {
 static pthread_once_t once = PTHREAD_ONCE_INIT;
 static void single_thread(void) { openblas_set_num_threads(1); }
 
+void kv_blas_single_thread(void) { pthread_once(&once, single_thread); }
+
 static void sgemm(CBLAS_TRANSPOSE tb, int m, int n, int k, float alpha, const float *a, int lda, const float *b, int ldb, float beta, float *c, int ldc)
 {
-    pthread_once(&once, single_thread);
+    kv_blas_single_thread();
     cblas_sgemm(CblasRowMajor, CblasNoTrans, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
 }
 

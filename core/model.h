@@ -52,6 +52,7 @@ void   kv_matvec(const kv_weight *w, const kv_act *a, int64_t row0, int64_t row1
 /* C[m][n] (ldc) = A[m][k] (lda) * B[n][k]^T (ldb) (+ C when accumulate), one thread: OpenBLAS. */
 void   kv_sgemm_nt(int m, int n, int k, float alpha, const float *a, int lda, const float *b, int ldb, float beta, float *c, int ldc);
 void   kv_sgemm_nn(int m, int n, int k, float alpha, const float *a, int lda, const float *b, int ldb, float beta, float *c, int ldc);
+void   kv_blas_single_thread(void);                        /* once, before any other call into OpenBLAS: our threads are enough */
 /* Y_l[n][n_out] = X_l[n][n_in] W^T for every lane l; rows are dequantized once per block for all lanes; all threads.
  * The result does not depend on the number of lanes or threads.  KV_E_NOMEM is its only failure. */
 int    kv_linear(const kv_weight *w, int n_lanes, int n, const float *const *x, float *const *y, const float *bias /* or NULL */);
