@@ -26,7 +26,8 @@ describe("kv.codec", function()
 
   it("knows the presets that the literature names", function()
     local bits = { f32 = 32, f16 = 16, bf16 = 16, q8_0 = 8.5, q5_1 = 6, q5_0 = 5.5, q4_1 = 5, q4_0 = 4.5, ["kivi-2"] = 3, ["kivi-4"] = 5,
-      ["turboquant-2"] = 2.25, ["turboquant-3"] = 3.25, ["turboquant-4"] = 4.25 }
+      ["turboquant-2"] = 2.25, ["turboquant-3"] = 3.25, ["turboquant-4"] = 4.25,
+      ["fp8-e4m3"] = 8, ["fp8-e5m2-token"] = 8.25, ["mxfp8-e4m3"] = 8.25, nvfp4 = 4.5, mxfp4 = 4.25 }
     for name, want in pairs(bits) do
       for _, side in ipairs { "k", "v" } do
         H.close(kv.codec(name):info_for(64, 64, side).bits_payload, want, 1e-9, name .. " " .. side)
@@ -72,7 +73,7 @@ describe("kv.codec", function()
 
   it("dots and accumulates on codes as decoding would", function()
     local x, q, p = kv.tensor.randn { 2, 128, 64, seed = 1 }, kv.tensor.randn { 2, 3, 64, seed = 2 }, kv.tensor.uniform { 2, 3, 128, seed = 3 }
-    for _, name in ipairs { "f16", "q8_0", "q4_0", "kivi-2", "turboquant-3" } do
+    for _, name in ipairs { "f16", "q8_0", "q4_0", "kivi-2", "turboquant-3", "fp8-e4m3", "nvfp4" } do
       local b = kv.codec(name):encode(x)
       local scores, y = b:dot(q):totable(), b:decode():totable()
       local want = 0
