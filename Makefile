@@ -17,7 +17,7 @@ help:
 # The rules of arithmetic: no contraction, no fast-math, so that plain C, SIMD and CUDA give the same bytes.
 CSTD    := -std=c11 -D_GNU_SOURCE
 WARN    := -Wall -Wextra -Wpedantic -Wshadow -Wstrict-prototypes -Wpointer-arith -Werror
-CFLAGS.release := -O3 -g
+CFLAGS.release := -O3 -g1
 CFLAGS.asan    := -O1 -g -fsanitize=address,undefined -fno-omit-frame-pointer
 CFLAGS.fuzz    := -O1 -g -fsanitize=fuzzer-no-link,address,undefined -fno-omit-frame-pointer
 CFLAGS  ?= $(CFLAGS.$(FLAVOUR))
@@ -50,7 +50,7 @@ $(BUILD)/kelvin_cdef.lua: $(BUILD)/kelvin_cdef.txt
 $(BUILD)/kelvin_abi.h: $(BUILD)/kelvin_cdef.txt
 	@printf '#define KV_ABI_HASH "%s"\n#define KV_BUILD_FLAGS "%s"\n' "$$(sha256sum < $< | cut -c1-64)" "$$($(CC) --version | head -1 | tr -d '\"') $(CFLAGS)" > $@
 
-$(BUILD)/%.o: %.c $(BUILD)/kelvin_abi.h
+$(BUILD)/%.o: %.c | $(BUILD)/kelvin_abi.h
 	@mkdir -p $(@D)
 	@echo "  cc $<"
 	@$(CC) $(KV_CFLAGS) -MMD -MP -c $< -o $@
