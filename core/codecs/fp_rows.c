@@ -38,7 +38,7 @@ void fp_values(int kind, const uint8_t *src, int n, float *dst)
     for (; i < n; i++) dst[i] = kind == FP_E4M3 ? fp_e4m3_to_f32(src[i]) : kind == FP_E5M2 ? fp_e5m2_to_f32(src[i]) : fp_e8m0_to_f32(src[i]);
 }
 
-static float value_at(const fp_rows *r, const uint8_t *row, int i)
+float fp_row_value(const fp_rows *r, const uint8_t *row, int i)
 {
     if (r->kind == FP_E4M3) return fp_e4m3_to_f32(row[i]);
     if (r->kind == FP_E5M2) return fp_e5m2_to_f32(row[i]);
@@ -55,7 +55,7 @@ void fp_rows_decode(const fp_rows *r, const uint8_t *rows, int n_rows, const flo
         return;
     }
     for (int t = 0; t < n_rows; t++, rows += r->row_bytes, scale += r->n_groups, x += ld)
-        for (int i = 0; i < r->cols; i++) x[i] = value_at(r, rows, i) * scale[i / r->group];
+        for (int i = 0; i < r->cols; i++) x[i] = fp_row_value(r, rows, i) * scale[i / r->group];
 }
 
 enum { STRIP = 16 };                                        /* rows that plain C decodes at a time */

@@ -32,6 +32,9 @@ static inline float fp_e4m3_to_f32(uint8_t b)
 /* n bytes of kind FP_E4M3, FP_E5M2 or FP_E8M0 as floats. */
 void fp_values(int kind, const uint8_t *src, int n, float *dst);
 
+/* Of code i of a row, without scale. */
+float fp_row_value(const fp_rows *r, const uint8_t *row, int i);
+
 /* x[t*ld + i] = value of code i of row t times scale[t*n_groups + i/group]; one rounding. */
 void fp_rows_decode(const fp_rows *r, const uint8_t *rows, int n_rows, const float *scale, float *x, int64_t ld);
 
