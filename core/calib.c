@@ -96,6 +96,8 @@ int kv_calib_alloc(kv_calib **out, kv_model *m, int max_sample)
         kv_calib_free(c);
         return KV_E_NOMEM;
     }
+    kv_calib_fingerprint(m, c->model_sha, c->rope_sha);
+    memset(c->tokens_sha, '0', 64);
     *out = c;
     return KV_OK;
 }
@@ -131,6 +133,8 @@ void kv_calib_free(kv_calib *c)
     }
     for (int i = 0; i < 2; i++) kv_free(c->sample[i]);
     kv_free(c->position);
+    kv_free(c->block);
+    kv_free(c->notes);
     kv_model_free(c->m);
     kv_free(c);
 }
@@ -173,7 +177,10 @@ int kv_calib_begin(kv_calib *c, const int32_t *tokens, int n, int skip)
     }
     c->count += n - skip;
     kv_plan_free(plan);
-    return KV_OK;
+    plan = NULL;
+    status = kv_calib_remember(c, tokens, n, skip);
+    if (status >= 0) return KV_OK;
+    c->broken = 1;
 fail:
     kv_plan_free(plan);
     end_chunk(c);
@@ -221,10 +228,10 @@ int kv_calib_raw(const kv_calib *c, int kind, int layer, int head, double *n, do
     return KV_OK;
 }
 
-int kv_calib_sample(const kv_calib *c, int kind, int layer, int head, float *dst)
+int kv_calib_rows(const kv_calib *c, int kind, int layer, int head, float *dst)
 {
     FORWARD_IF_ERROR(check(c, layer, head, dst));
-    RETURN_ERROR_IF(kind != KV_CALIB_K_PRE && kind != KV_CALIB_V, KV_E_ARG, "calibration: rows of kind %d are not kept (1: k_pre, 2: v)", kind);
+    RETURN_ERROR_IF(kind != KV_CALIB_K_PRE && kind != KV_CALIB_V, KV_E_ARG, "calibration: rows of kind %d are not kept (kept: 1, k_pre; 2, v)", kind);
     const size_t d = (size_t)c->m->info.head_dim, slot = (size_t)layer * (size_t)c->m->info.n_kv_heads + (size_t)head;
     const float *shift = c->shift[kind] + slot * d;
     const uint16_t *from = c->sample[kind == KV_CALIB_V] + slot * (size_t)c->max_sample * d;
@@ -240,6 +247,33 @@ int kv_calib_mean(const kv_calib *c, int what, int layer, int head, float *mean)
     FORWARD_IF_ERROR(kv_calib_raw(c, what, layer, head, &n, m, NULL));
     for (int i = 0; i < c->m->info.head_dim; i++) mean[i] = (float)m[i];
     return KV_OK;
+}
+
+int kv_calib_rms(const kv_calib *c, int what, int layer, int head, float *rms)
+{
+    double n, m[KV_MAX_HEAD_DIM];
+    RETURN_ERROR_IF(!rms, KV_E_ARG, "kv_calib_rms: NULL argument");
+    FORWARD_IF_ERROR(kv_calib_raw(c, what, layer, head, &n, m, NULL));
+    const int d = c->m->info.head_dim;
+    const size_t slot = (size_t)layer * (size_t)c->m->info.n_kv_heads + (size_t)head;
+    const double *product = c->product[what] + slot * kv_calib_triangle(c);
+    for (int i = 0; i < d; i++) {
+        const double s = c->shift[what][slot * (size_t)d + (size_t)i];
+        rms[i] = (float)sqrt(fmax(0, product[(size_t)i * ((size_t)i + 3) / 2] / n + 2 * s * m[i] - s * s));
+    }
+    return KV_OK;
+}
+
+int kv_calib_second(const kv_calib *c, int what, int layer, int head, float *second)
+{
+    RETURN_ERROR_IF(!c || !second, KV_E_ARG, "kv_calib_second: NULL argument");
+    const size_t d = (size_t)c->m->info.head_dim;
+    double n, m[KV_MAX_HEAD_DIM], *s = kv_alloc_array(d * d, sizeof *s, false);
+    if (!s) return KV_E_NOMEM;
+    const int status = kv_calib_raw(c, what, layer, head, &n, m, s);
+    for (size_t i = 0; status >= 0 && i < d * d; i++) second[i] = (float)s[i];
+    kv_free(s);
+    return status;
 }
 
 /* mean := average over p = 0..n-1 of R_p mean, in double. */

@@ -10,7 +10,8 @@
  * or, with page-relative keys, turned by the offset in a page (averaged exactly over the offsets 0 .. page_tokens-1), and
  * less the mean that the plan removes.  The pre figures are of keys and queries before RoPE with nothing removed; on values,
  * and where RoPE is not known, they are the rows' own before the removal.  Positions that calibration skipped (sinks) are in
- * none of them.  Everything is symmetric, finite and deterministic: the same text gives the same bytes. */
+ * none of them.  Everything is symmetric, finite and deterministic: the same text gives the same bytes.  A second moment from a
+ * forged artifact need not be positive semidefinite: clamp eigenvalues. */
 #ifndef KV_CALIB_H
 #define KV_CALIB_H
 #include "model.h"
@@ -39,7 +40,7 @@ void kv_moments_sorted(const kv_moments *m, int d, float *out);
 
 /* ---- what a calibration holds (calib.c collects, artifact.c saves and loads): sums over rows less a shift near their mean, so
  * that nothing cancels where keys have a large bias.  slot = layer * n_kv_heads + head. */
-enum { KV_CALIB_Q = 3, KV_CALIB_Q_PRE = 4, KV_CALIB_KINDS = 5, KV_CALIB_SAMPLE = 1024 };  /* further kinds beside KV_CALIB_K, _K_PRE, _V */
+enum { KV_CALIB_KINDS = 5, KV_CALIB_SAMPLE = 1024 };
 typedef struct kv_calib_work kv_calib_work;
 struct kv_calib {
     kv_model      *m;
@@ -52,11 +53,21 @@ struct kv_calib {
     int32_t       *position;                   /* [max_sample] */
     uint16_t      *sample[2];                  /* of K_PRE and V: [slot][max_sample][D], f16 of x - shift */
     kv_calib_work *work;                       /* while collecting */
+    /* Where it comes from, as 64 hex digits: the model's fingerprint, its RoPE, the tokens (a digest over chunks in turn). */
+    char           model_sha[65], rope_sha[65], tokens_sha[65];
+    int            n_chunks, context, skip;    /* context, skip: of the last chunk */
+    uint64_t      *block;                      /* [n_block] hashes of the text's runs of KV_CALIB_BLOCK tokens */
+    int            n_block, cap_block;
+    char          *notes;                      /* JSON: the text's name, held-out checks; or NULL */
 };
+enum { KV_CALIB_BLOCK = 32, KV_CALIB_NOTES = 1 << 16 /* bytes at most */ };
 static inline size_t kv_calib_triangle(const kv_calib *c) { return (size_t)c->m->info.head_dim * ((size_t)c->m->info.head_dim + 1) / 2; }
 int  kv_calib_alloc(kv_calib **out, kv_model *m, int max_sample);
 /* E x [D] and E x x^T [D][D] (NULL: left out) of a kind; queries: over the group's heads.  *n rows. */
 int  kv_calib_raw(const kv_calib *c, int kind, int layer, int head, double *n, double *mean, double *second);
-/* The kept rows of KV_CALIB_K_PRE or KV_CALIB_V: dst [n_sample][D]. */
-int  kv_calib_sample(const kv_calib *c, int kind, int layer, int head, float *dst);
+void kv_calib_fingerprint(const kv_model *m, char *model_sha65, char *rope_sha65);
+int  kv_calib_remember(kv_calib *c, const int32_t *tokens, int n, int skip);      /* a chunk's tokens: digest and blocks */
+/* The artifact file as bytes (artifact.c): write allocates, parse trusts nothing. */
+int  kv_calib_write(const kv_calib *c, uint8_t **image, size_t *n_bytes);
+int  kv_calib_parse(kv_calib **out, kv_model *m, const uint8_t *data, size_t n, const char *what);
 #endif

@@ -248,14 +248,30 @@ int  kv_sample(const float *logits, int n, const kv_sampler_params *p, double co
 /* ---- calibration: streaming moments of K and V --------------------------------------------------------------- */
 
 typedef struct kv_calib kv_calib;
-enum { KV_CALIB_K = 0, KV_CALIB_K_PRE = 1, KV_CALIB_V = 2 };
+enum { KV_CALIB_K = 0, KV_CALIB_K_PRE = 1, KV_CALIB_V = 2, KV_CALIB_Q = 3, KV_CALIB_Q_PRE = 4 };  /* q: over the query heads of a K/V head */
 int  kv_calib_new(kv_calib **out, kv_model *m, int n_sample);              /* rows kept of each slot; 0: 1024 */
 int  kv_calib_begin(kv_calib *c, const int32_t *tokens, int n, int skip);   /* one chunk, exact cache; first skip positions left out */
 int  kv_calib_step(kv_calib *c, int *more);                                 /* one layer at a time */
 int  kv_calib_mean(const kv_calib *c, int what, int layer, int head, float *mean);           /* [head_dim] */
 /* Mean of page-relative keys: R_p mean(k_pre), averaged over p = 0..page_tokens-1. */
 int  kv_calib_page_mean(const kv_calib *c, int layer, int head, int page_tokens, float *mean);
-int  kv_calib_count(const kv_calib *c, double *n_tokens);
+int  kv_calib_rms(const kv_calib *c, int what, int layer, int head, float *rms);             /* of each channel, mean included */
+int  kv_calib_second(const kv_calib *c, int what, int layer, int head, float *second);       /* E x x^T [head_dim, head_dim] */
+/* Kept rows of k_pre or v: f32 [n_sample, head_dim], the same tokens everywhere. */
+int  kv_calib_rows(const kv_calib *c, int what, int layer, int head, float *rows);
+typedef struct kv_calib_info {
+    const char *model, *rope, *tokens, *notes;                              /* digests as hex; notes: JSON text or "" */
+    double      count, n_tokens;                                            /* positions collected; tokens of the chunks */
+    int         n_chunks, context, skip, n_sample;
+} kv_calib_info;
+int  kv_calib_get_info(const kv_calib *c, kv_calib_info *out);
+int  kv_calib_digest(const kv_calib *c, char *hex65);                       /* of all that was collected */
+/* found: how many of the calibration text's runs of 32 tokens are somewhere in these tokens; of: how many it has. */
+int  kv_calib_overlap(const kv_calib *c, const int32_t *tokens, int n, int *found, int *of);
+int  kv_calib_note(kv_calib *c, const char *json);
+/* The artifact: one checksummed file of numbers.  load refuses another version, model or RoPE, naming both. */
+int  kv_calib_save(const kv_calib *c, const char *path);
+int  kv_calib_load(kv_calib **out, kv_model *m, const char *path);
 /* A codec for one slot, its tables made from what was collected.  page_rope: its keys are page-relative; mean: what the
  * plan removes from this slot's rows, or NULL.  A codec that needs no tables is made without. */
 int  kv_codec_calibrate(kv_codec **out, const kv_calib *c, const char *family, const char *params, int page_tokens, int layer, int head, int side, int page_rope, const float *mean);

@@ -107,7 +107,7 @@ int kv_moments_new(kv_moments **out, const kv_calib *c, int layer, int head, int
     m->page_tokens = keys ? page_tokens : 0;
     const size_t square = (size_t)d * (size_t)d * sizeof(double), rows = (size_t)n_sample * (size_t)d * sizeof(float);
     FAIL_IF_ERROR(kv_calib_raw(c, keys ? KV_CALIB_K_PRE : KV_CALIB_V, layer, head, &m->n, rw(m->mean_pre), rw(m->second_pre)));
-    FAIL_IF_ERROR(kv_calib_sample(c, keys ? KV_CALIB_K_PRE : KV_CALIB_V, layer, head, (float *)m->sample_pre));
+    FAIL_IF_ERROR(kv_calib_rows(c, keys ? KV_CALIB_K_PRE : KV_CALIB_V, layer, head, (float *)m->sample_pre));
     memcpy((int32_t *)m->position, c->position, (size_t)n_sample * sizeof(int32_t));
     memcpy((float *)m->sample, m->sample_pre, rows);
     if (keys) m->rope = &c->m->geo.rope[layer];

@@ -37,7 +37,7 @@ function M.memcpy_bandwidth(threads)
 end
 
 doc("kv.bench", [[
-  kv.bench.decode{ model =, arms = { "f16", "turboquant-4" }, depths = { 0, 4096 }, repeats = 5, tokens = 16 } -> rows
+  kv.bench.decode{ model =, arms = { "f16", "turboquant-4" }, depths = { 0, 4096 }, repeats = 5, tokens = 16, calib = } -> rows
   kv.bench.codecs{ names =, dim = 64 } -> rows;  kv.bench.eval{ model = } -> row
   What `kelvin bench` prints.  decode: tokens/s at a depth, bytes of the cache, floor_us (weights and cache once over the
   measured read bandwidth) and share (floor / time).  codecs: GB/s of f32 source per thread for encode, decode, dot and
@@ -54,7 +54,7 @@ function M.decode(o)
   for _, depth in ipairs(depths) do
     for _, arm in ipairs(o.arms or { "f16", "q8_0", "turboquant-4" }) do
       log.progress(0, ("filling %s to %d"):format(arm, depth))
-      local plan = policies.resolve(policies.of(arm), model)
+      local plan = policies.resolve(policies.of(arm), model, { calib = o.calib })
       local s = model:session { plan = plan, max_tokens = depth + 2 * n + 1 }
       if depth > 0 then s:feed({ unpack(filler, 1, depth) }, { logits = "none" }) end
       candidates[#candidates + 1] = { arm = arm, depth = depth, s = s, times = {} }
@@ -198,7 +198,8 @@ function M.main(a)
       check.that(n and n >= 0 and n % 1 == 0, "bench: depth '%s' is not a whole number from 0", d)
       depths[#depths + 1] = n
     end
-    result = M.decode { model = a.model, arms = arms, depths = depths, repeats = a.repeats, tokens = a.tokens }
+    local model = require("kelvin.model").open(a.model)
+    result = M.decode { model = model, calib = a.artifact and model:calibrate { artifact = a.artifact }, arms = arms, depths = depths, repeats = a.repeats, tokens = a.tokens }
   elseif a.what == "codecs" then result = M.codecs { names = arms, dim = a.dim }
   else result = M.eval { model = a.model, arms = arms } end
   if a.format == "json" then

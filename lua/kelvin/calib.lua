@@ -1,50 +1,91 @@
---- kelvin.calib: channel means of keys and values over a text, and figures per layer that policies rank by.
+--- kelvin.calib: moments of queries, keys and values over a text, that means, calibrated codecs and policies are made from.
 --
--- Calibrate on another text than the one that is scored.  The first positions of each chunk are attention sinks with keys
--- and values unlike any other (`skip`), and are left out.
+-- Calibrate on another text than the one that is scored: kv.eval refuses otherwise.  The first positions of each chunk are
+-- attention sinks with keys and values unlike any other (`skip`), and are left out.  An artifact is the same in a file.
 
 local K = require "kelvin.ffi"
 local C, ffi = K.C, K.ffi
 local check = require "kelvin.check"
+local json = require "kelvin.json"
+local log = require "kelvin.log"
 local doc = require("kelvin.help").doc
 
 local M, Calib, Stats = {}, {}, {}
 Calib.__index, Calib.__name = {}, "calibration"
 Stats.__name = "stats"
 
+local function info(self)
+  local i = ffi.new "kv_calib_info[1]"
+  check(C.kv_calib_get_info(self._c, i))
+  return i[0]
+end
+
+local function wrap(model, handle, source)
+  local self = setmetatable({ _c = handle, model = model }, Calib)
+  local i = info(self)
+  self.n_tokens, self.chunks, self.context, self.skip, self.n_rows = i.count, i.n_chunks, i.context, i.skip, i.n_sample
+  self.sha256 = ffi.string(i.tokens)
+  local notes = ffi.string(i.notes)
+  self.notes = notes ~= "" and (json.decode(notes, "artifact notes") or {}) or {}
+  self.source = source or self.notes.text
+  return self
+end
+
+local function load(model, path)
+  local self = wrap(model, K.handle("kv_calib", C.kv_calib_free, function(out) return C.kv_calib_load(out, model._m, path) end))
+  for _, c in ipairs(type(self.notes.checks) == "table" and self.notes.checks or {}) do
+    if c.lost then log.warn("artifact '%s': %s", path, M.verdict(c)) end
+  end
+  return self
+end
+
 doc("model:calibrate", [[
-  m:calibrate{ text = | tokens =, chunks = 8, context = 512, skip = 4, on_progress = } -> calibration
-  Channel means of K, pre-RoPE K and V over the first chunks of a text (exact cache), leaving out the first `skip` positions of
-  each chunk.  c:mean(side, layer, head) -> tensor [dim]; c:stats() ranks layers.  A text shorter than one chunk is an error.]])
+  m:calibrate{ text = | tokens = | artifact =, chunks = 8, context = 512, skip = 4, rows = 1024, on_progress = } -> calibration
+  kv.calibrate of this model; `?calibrate`.]])
 function M.new(model, o)
-  local ids = o.tokens or model:tokenize(check.that(o.text, "calibrate: text = or tokens = is needed"), { add_special = false })
+  if o.artifact then
+    check.that(not o.text and not o.tokens, "calibrate: an artifact or a text, not both")
+    return load(model, o.artifact)
+  end
+  local ids = o.tokens or model:tokenize(check.that(o.text, "calibrate: text =, tokens = or artifact = is needed"), { add_special = false })
   local context, chunks, skip = o.context or 512, o.chunks or 8, o.skip or 4
   check.that(context % 1 == 0 and context > skip and chunks >= 1, "calibrate: context=%s, chunks=%s, skip=%s: whole chunks longer than skip are needed", tostring(context), tostring(chunks), tostring(skip))
   check.that(#ids >= context, "calibrate: %s has %d tokens, one chunk of context=%d needs as many", o.name or "the text", #ids, context)
-  local h = K.handle("kv_calib", C.kv_calib_free, function(out) return C.kv_calib_new(out, model._m, o.sample or 0) end)
-  local self = setmetatable({ _c = h, model = model, context = context, skip = skip, chunks = 0 }, Calib)
+  local h = K.handle("kv_calib", C.kv_calib_free, function(out) return C.kv_calib_new(out, model._m, o.rows or 0) end)
   local more, buf = ffi.new "int[1]", ffi.new("int32_t[?]", context)
-  for chunk = 0, math.min(chunks, math.floor(#ids / context)) - 1 do
+  chunks = math.min(chunks, math.floor(#ids / context))
+  for chunk = 0, chunks - 1 do
     for i = 0, context - 1 do buf[i] = ids[chunk * context + i + 1] end
     if model.add_bos then buf[0] = model.bos end
-    if chunk == 0 then self.first_chunk = { unpack(ids, 1, math.min(context, 256)) } end
     check(C.kv_calib_begin(h, buf, context, skip))
     repeat
       check(C.kv_calib_step(h, more))
       if C.kv_interrupted() == 1 then check.fail("interrupted") end
     until more[0] == 0
-    self.chunks = chunk + 1
     if o.on_progress then o.on_progress(chunk + 1, chunks) end
   end
-  local n = ffi.new "double[1]"
-  check(C.kv_calib_count(h, n))
-  self.n_tokens = n[0]
-  self.source = o.source
-  self.sha256 = require("kelvin.lib").sha256(table.concat(ids, " ", 1, self.chunks * context))
+  local self = wrap(model, h, o.source)
+  self.rest = {}
+  for i = chunks * context + 1, #ids do self.rest[i - chunks * context] = ids[i] end
   return self
 end
 
-local what = { k = C.KV_CALIB_K, k_pre = C.KV_CALIB_K_PRE, v = C.KV_CALIB_V }
+doc("kv.calibrate", [[
+  kv.calibrate{ model =, text = | tokens = | artifact =, chunks = 8, context = 512, skip = 4, rows = 1024, on_progress = } -> calibration
+  Runs the first chunks of a text through an exact cache and keeps, of every layer and K/V head: mean and second moment of K
+  (as cached and before RoPE), V and the queries that read them, and `rows` tokens' K and V, the same tokens everywhere.  The
+  first `skip` positions of each chunk are left out.  A text shorter than one chunk is an error.  artifact: a saved one.
+  Pass it as calib = to kv.policy.resolve, kv.eval and model:session's plans.
+  c:save(path)  c:check(arm)  c:stats()  c:mean(side, l, h)  c:second(side, l, h)  c:rows(side, l, h)  c:quantile(side, l, h, shares)
+  An artifact is numbers with checksums, never code; another model, layout or RoPE is refused with both digests.]])
+function M.calibrate(o)
+  check.that(type(o) == "table", "kv.calibrate: a table is needed: kv.calibrate{ model =, text = }")
+  local model = type(o.model) == "string" and require("kelvin.model").open(o.model) or o.model
+  check.that(type(model) == "table" and model._m, "kv.calibrate: model = a name, a path or kv.model(...) is needed")
+  return M.new(model, o)
+end
+
+local what = { k = C.KV_CALIB_K, k_pre = C.KV_CALIB_K_PRE, v = C.KV_CALIB_V, q = C.KV_CALIB_Q, q_pre = C.KV_CALIB_Q_PRE }
 
 --- For kelvin.plan: writes the mean of a slot; page: tokens in a page when keys are held in page-relative RoPE.
 function Calib.__index:_mean(side, l, h, page, mean)
@@ -52,63 +93,196 @@ function Calib.__index:_mean(side, l, h, page, mean)
   else check(C.kv_calib_mean(self._c, what[side], l - 1, h - 1, mean)) end
 end
 
---- c:mean(side, layer, head): tensor [dim]; side "k" (as cached), "k_pre" (before RoPE) or "v".
-function Calib.__index:mean(side, l, h)
-  check.that(what[side], "calibration: side '%s' is none of k, k_pre, v", tostring(side))
-  local t = require("kelvin.tensor").zeros { self.model.head_dim }
-  self:_mean(side, l, h, nil, t:_data())
+local function read(self, fn, side, l, h, shape)
+  check.that(what[side], "calibration: side '%s' is none of k, k_pre, v, q, q_pre", tostring(side))
+  local t = require("kelvin.tensor").zeros(shape)
+  check(fn(self._c, what[side], l - 1, h - 1, t:_data()))
   return t
+end
+
+--- c:mean(side, layer, head): tensor [dim]; side "k" (as cached), "k_pre" (before RoPE), "v", "q" or "q_pre" (over the head's queries).
+function Calib.__index:mean(side, l, h) return read(self, C.kv_calib_mean, side, l, h, { self.model.head_dim }) end
+
+--- c:rms(side, layer, head): tensor [dim], of each channel with its mean.
+function Calib.__index:rms(side, l, h) return read(self, C.kv_calib_rms, side, l, h, { self.model.head_dim }) end
+
+--- c:second(side, layer, head): E x x^T, tensor [dim, dim].
+function Calib.__index:second(side, l, h) return read(self, C.kv_calib_second, side, l, h, { self.model.head_dim, self.model.head_dim }) end
+
+--- c:rows(side, layer, head): the kept rows of "k_pre" or "v", tensor [rows, dim].
+function Calib.__index:rows(side, l, h) return read(self, C.kv_calib_rows, side, l, h, { self.n_rows, self.model.head_dim }) end
+
+doc("calibration:quantile", [[
+  c:quantile(side, layer, head, shares) -> tensor [#shares, dim]
+  Quantiles of each channel over the kept rows, side "k_pre" or "v": c:quantile("v", 1, 1, { 0.01, 0.5, 0.99 }).]])
+function Calib.__index:quantile(side, l, h, shares)
+  local rows, n, dim = self:rows(side, l, h):_data(), self.n_rows, self.model.head_dim
+  local out = require("kelvin.tensor").zeros { #shares, dim }
+  local to, column = out:_data(), {}
+  for d = 0, dim - 1 do
+    for t = 0, n - 1 do column[t + 1] = rows[t * dim + d] end
+    table.sort(column)
+    for i, q in ipairs(shares) do
+      check.that(type(q) == "number" and q >= 0 and q <= 1, "calibration: share %s is outside 0..1", tostring(q))
+      local at = q * (n - 1) + 1
+      local lo = math.floor(at)
+      to[(i - 1) * dim + d] = column[lo] + (at - lo) * ((column[lo + 1] or column[lo]) - column[lo])
+    end
+  end
+  return out
+end
+
+--- Digest of everything that was collected, which all tables are made from.
+function Calib.__index:digest()
+  if not self._digest then
+    local hex = ffi.new "char[65]"
+    check(C.kv_calib_digest(self._c, hex))
+    self._digest = ffi.string(hex, 64)
+  end
+  return self._digest
 end
 
 --- For manifests.
 function Calib.__index:describe()
-  return { n_tokens = self.n_tokens, chunks = self.chunks, context = self.context, skip = self.skip, tokens_sha256 = self.sha256, source = self.source }
+  local i = info(self)
+  return { n_tokens = self.n_tokens, chunks = self.chunks, context = self.context, skip = self.skip, rows = self.n_rows, tokens_sha256 = self.sha256, source = self.source,
+    model_fingerprint = ffi.string(i.model), rope_sha256 = ffi.string(i.rope), sha256 = self:digest() }
 end
 
 function Calib:__tostring()
-  return ("calibration of %s: %d tokens (%d chunks of %d, first %d of each left out)"):format(self.model.name, self.n_tokens, self.chunks, self.context, self.skip)
+  return ("calibration of %s: %d tokens (%d chunks of %d, first %d of each left out), %d rows kept"):format(self.model.name, self.n_tokens, self.chunks, self.context, self.skip, self.n_rows)
 end
+
+-- ---- the text that is scored must be another, and an oblivious codec must lose --------------------------------------------
+
+local SAME = 4       -- runs of 32 tokens in common that two texts may not have; fewer are quotations and licenses
+
+--- For kelvin.eval: refuses tokens (int32_t[n]) that the calibration has seen.
+function Calib.__index:refuse_overlap(ids, n, who)
+  local found, of = ffi.new "int[1]", ffi.new "int[1]"
+  check(C.kv_calib_overlap(self._c, ids, n, found, of))
+  local name = type(self.source) == "table" and self.source.name or self.source
+  check.that(found[0] == 0 or found[0] < math.min(SAME, of[0]), "%s: %d of the calibration's %d runs of 32 tokens%s are in the scored text: calibrate on another text",
+    who, found[0], of[0], name and (" (" .. tostring(name) .. ")") or "")
+end
+
+--- A check in words.
+function M.verdict(c)
+  return ("%s %s its data-oblivious twin on held-out text: KLD %.4g ± %.2g at %.3f bits, twin %.4g at the same bits (%s)"):format(c.arm,
+    c.lost and "LOSES to" or "beats", c.kld, c.kld_se, c.bits, c.twin_kld, c.twin)
+end
+
+-- The scalar codec whose stored bits come next below and next above those of a calibrated one.
+local function scalar_at(bits, head_dim, page_tokens, side)
+  local codec = require "kelvin.codec"
+  local below, above
+  local p = codec.family("scalar").by_name.bits
+  for b = p.min, p.max do
+    local c = codec.new("scalar", { bits = b })
+    local ok, i = pcall(c.info_for, c, head_dim, page_tokens, side)
+    if ok and i.bits_payload <= bits * 1.0001 then below = c end
+    if ok and i.bits_payload >= bits * 0.9999 then above = above or c end
+  end
+  return below or above, above or below
+end
+
+local function to_codec(spec)
+  local codec = require "kelvin.codec"
+  if codec.is(spec) then return spec end
+  if type(spec) == "string" then spec = require("kelvin.arm").spec(spec) end
+  local params = {}
+  for name, value in pairs(spec) do if name ~= 1 then params[name] = value end end
+  return codec.new(spec[1], params)
+end
+
+doc("calibration:check", [[
+  c:check(arm [, { text = | tokens =, chunks = 4, context =, on_progress = }]) -> check
+  The guard: KL divergence of an arm with this calibration and of its data-oblivious twin on held-out text (what of the
+  calibration's text comes after it, unless another is given).  The twin has the same window and pages, the scalar codec
+  (Hadamard, Lloyd-Max) in place of each calibrated one, no mean and no page-relative keys; its KLD at the arm's stored bits is
+  interpolated between the next fewer and the next more bits.  check.lost: the calibrated arm is worse.  c:save keeps checks.]])
+function Calib.__index:check(arm, o)
+  o = o or {}
+  local policies = require "kelvin.policy"
+  local text = type(arm) == "string" and arm or arm.name or "arm"
+  if type(arm) == "string" then arm = require("kelvin.arm").parse(arm) end
+  local ids = o.tokens or (o.text and self.model:tokenize(o.text, { add_special = false })) or self.rest
+  check.that(ids, "check: the calibration came from a file: text = or tokens = of held-out text is needed")
+  local context = o.context or math.min(512, self.context)
+  check.that(#ids >= context, "check: %d held-out tokens, context=%d needs as many; calibrate on fewer chunks or give another text", #ids, context)
+  local plan = policies.resolve(policies.of(arm), self.model, { calib = self })
+  local low, high, words = {}, {}, {}
+  for key, value in pairs(arm) do low[key], high[key] = value, value end
+  low.mean, low.page_rope, high.mean, high.page_rope, low.name, high.name = "none", "none", "none", "none", "twin below", "twin above"
+  for _, side in ipairs { "k", "v" } do
+    local c = to_codec(arm[side])
+    if c.has_tables then
+      low[side], high[side] = scalar_at(plan.bits_payload[side], self.model.head_dim, plan.page_tokens, side)
+      words[#words + 1] = ("%s %s"):format(side, low[side]:value "bits" == high[side]:value "bits" and "scalar-" .. low[side]:value "bits"
+        or ("scalar-%d..%d"):format(low[side]:value "bits", high[side]:value "bits"))
+    end
+  end
+  if #words == 0 then words[1] = "the same codecs without mean" end
+  local rows = require("kelvin.eval").run { model = self.model, tokens = ids, context = context, chunks = o.chunks or 4, calib = self, controls = false, first_group = 3,
+    arms = { plan, low, high }, on_progress = o.on_progress }
+  if rows.interrupted then check.fail("interrupted") end
+  local a, x, y = rows[1], rows[2], rows[3]
+  local twin = y.kld.mean
+  if y.bits_payload - x.bits_payload > 1e-9 then
+    local share = (a.bits_payload - x.bits_payload) / (y.bits_payload - x.bits_payload)
+    twin = math.exp(math.log(x.kld.mean) * (1 - share) + math.log(y.kld.mean) * share)       -- KLD falls by a factor a bit
+  end
+  local beats = a.kld.mean < twin                        -- false for nan, too
+  local c = { arm = text, twin = table.concat(words, ", "), bits = a.bits_payload, kld = a.kld.mean, kld_se = a.kld.se, twin_kld = twin, twin_bits = { x.bits_payload, y.bits_payload },
+    lost = not beats, n = a.n_scored, context = context }
+  self.notes.checks = self.notes.checks or {}
+  table.insert(self.notes.checks, c)
+  return setmetatable(c, { __tostring = M.verdict })
+end
+
+doc("calibration:save", [[
+  c:save(path) -> c
+  Writes the artifact: moments, rows, digests of model, RoPE and text, the checks made so far.  docs/formats.md has the bytes.
+  kv.calibrate{ model =, artifact = path } reads it; a check that was lost is told then, too.]])
+function Calib.__index:save(path)
+  check.that(type(path) == "string", "calibration:save: a path is needed")
+  self.notes.text = self.source
+  check(C.kv_calib_note(self._c, json.encode { text = self.notes.text, checks = self.notes.checks and json.array(self.notes.checks) or nil }))
+  check(C.kv_calib_save(self._c, path))
+  for _, c in ipairs(self.notes.checks or {}) do
+    if c.lost then log.warn("artifact '%s': %s", path, M.verdict(c)) end
+  end
+  return self
+end
+
+-- ---- figures per layer ------------------------------------------------------------------------------------------------------
 
 doc("calibration:stats", [[
   c:stats() -> stats
   stats[l].k and stats[l].v hold rms (of one element), mean_share (share of the energy that a per-channel mean takes away),
   outlier (largest channel rms over the median one) and hardness (rms of what is left after the mean).
-  stats:rank(l, side) -> 1 for the layer with the greatest hardness, n_layers for the least.  Measured on up to 256 tokens.]])
+  stats:rank(l, side) -> 1 for the layer with the greatest hardness, n_layers for the least.]])
 function Calib.__index:stats()
   if not self._stats then self._stats = setmetatable({ calib = self, layers = {}, ranks = {} }, Stats) end
   return self._stats
 end
 
-local function side_figures(session, l, side, means, skip)
-  local heads, dim, tokens = #means, session.model.head_dim, session.n_tokens
-  local energy, centred, channel = 0, 0, {}
-  for h = 1, heads do
-    local x, mean = session:read { layer = l, head = h, side = side }:_data(), means[h]:_data()
-    for d = 0, dim - 1 do
-      local sum = 0
-      for n = skip, tokens - 1 do
-        local v = x[n * dim + d]
-        sum, centred = sum + v * v, centred + (v - mean[d]) ^ 2
-      end
-      energy = energy + sum
-      channel[#channel + 1] = math.sqrt(sum / (tokens - skip))
-    end
-  end
-  table.sort(channel)
-  local n = heads * dim * (tokens - skip)
-  return { rms = math.sqrt(energy / n), mean_share = 1 - centred / energy, outlier = channel[#channel] / channel[math.ceil(#channel / 2)], hardness = math.sqrt(centred / n) }
-end
-
 local function layer_stats(stats, l)
   local c = stats.calib
   check.that(type(l) == "number" and l >= 1 and l <= c.model.n_layers, "stats: layer %s is outside 1..%d", tostring(l), c.model.n_layers)
-  -- One pass over the first chunk with an exact cache, whose rows are what is measured.
-  stats.session = stats.session or c.model:session { max_tokens = #c.first_chunk }:feed(c.first_chunk, { logits = "none" })
-  local out = {}
+  local out, heads, dim = {}, c.model.n_kv_heads, c.model.head_dim
   for _, side in ipairs { "k", "v" } do
-    local means = {}
-    for h = 1, c.model.n_kv_heads do means[h] = c:mean(side, l, h) end
-    out[side] = side_figures(stats.session, l, side, means, math.min(c.skip, #c.first_chunk - 1))
+    local energy, centred, channel = 0, 0, {}
+    for h = 1, heads do
+      local mean, rms = c:mean(side, l, h):_data(), c:rms(side, l, h):_data()
+      for d = 0, dim - 1 do
+        energy, centred = energy + rms[d] ^ 2, centred + math.max(0, rms[d] ^ 2 - mean[d] ^ 2)
+        channel[#channel + 1] = rms[d]
+      end
+    end
+    table.sort(channel)
+    out[side] = { rms = math.sqrt(energy / (heads * dim)), mean_share = 1 - centred / energy, outlier = channel[#channel] / channel[math.ceil(#channel / 2)],
+      hardness = math.sqrt(centred / (heads * dim)) }
   end
   return out
 end

@@ -48,7 +48,7 @@ end
 function M.main(a, calibrate)
   local m = models.open(a.model)
   local policy = a.policy or policies.of(a.arm or "f16")
-  local plan = policies.resolve(policy, m, { calib = calibrate(m, { path = a.calib, arms = { a.arm } }), seed = a.seed, context = a.context })
+  local plan = policies.resolve(policy, m, { calib = calibrate(m, { path = a.calib, artifact = a.artifact, arms = { a.arm } }), seed = a.seed, context = a.context })
   local s = m:session { plan = plan, max_tokens = a.context }
   log.info("%s\n%s", tostring(m), tostring(plan))
   if a.prompt then

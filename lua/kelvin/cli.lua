@@ -91,7 +91,8 @@ local function parser()
   chat:option("--top-k", "Sample among the k likeliest (0: all)."):convert(from_zero "--top-k"):default "0":argname "K"
   chat:option("--top-p", "Sample among the likeliest that make up this share."):convert(real "--top-p"):default "1":argname "P"
   chat:option("--seed", "Of the sampler, and of rotations."):convert(seed()):default "1":argname "N"
-  chat:option("--calib", "Text for calibrated means."):argname "FILE"
+  chat:option("--calib", "Text for calibrated means and codecs."):argname "FILE"
+  chat:option("--artifact", "Calibration of `kelvin calibrate` instead."):argname "FILE"
 
   local bench = p:command("bench", "Measure speed: decode, codecs or eval.", "Example: kelvin bench decode --depth 0,4096 --arm f16 --arm turboquant-4")
   bench:argument("what", "decode, codecs or eval."):convert(one_of("bench", "decode", "codecs", "eval"))
@@ -100,8 +101,22 @@ local function parser()
   bench:option("--arm", "Cache setting; again for more (decode: f16, q8_0, turboquant-4)."):count "*":argname "ARM"
   bench:option("--repeats", "Interleaved repeats; medians are shown."):convert(positive "--repeats"):default "5":argname "N"
   bench:option("--tokens", "Tokens a repeat."):convert(positive "--tokens"):default "16":argname "N"
+  bench:option("--artifact", "Calibration of `kelvin calibrate`, for calibrated codecs in decode."):argname "FILE"
   bench:option("--dim", "head_dim, for codecs."):convert(positive "--dim"):default "64":argname "N"
   bench:option("--format", "table or json."):convert(one_of("--format", "table", "json")):default "table"
+
+  local calibrate = p:command("calibrate", "Collect what calibrated codecs and means are made from, into one artifact; check arms on held-out text.",
+    "Examples: kelvin calibrate smollm2-135m --text book.txt -o smollm2.kvcal --check k=turboquant-3,v=turboquant-3,mean=k,page_rope=k; kelvin calibrate smollm2-135m --artifact smollm2.kvcal")
+  calibrate:argument("model", "A model's name or a .gguf file."):argname "MODEL"
+  calibrate:option("--text", "Text file; its first tokens calibrate, --check reads what comes after them."):argname "FILE"
+  calibrate:option("-o --out", "The artifact to write."):argname "FILE"
+  calibrate:option("--artifact", "A saved one: shown, or checked on --text."):argname "FILE"
+  calibrate:option("--tokens", "Tokens to collect, in whole chunks."):convert(positive "--tokens"):default "4096":argname "N"
+  calibrate:option("--context", "Tokens of a chunk."):convert(positive "--context"):default "512":argname "N"
+  calibrate:option("--skip", "First positions of each chunk that are left out."):convert(from_zero "--skip"):default "4":argname "N"
+  calibrate:option("--rows", "Tokens whose K and V are kept."):convert(positive "--rows"):default "1024":argname "N"
+  calibrate:option("--check", "Arm to hold against its data-oblivious twin at the same bits; again for more."):count "*":argname "ARM"
+  calibrate:option("--check-chunks", "Held-out chunks."):convert(positive "--check-chunks"):default "4":argname "N"
 
   local eval = p:command("eval", "Measure arms against an exact cache: KL divergence, perplexity, bits.",
     "Example: kelvin eval smollm2-135m --text book.txt --context 512 --chunks 30 --arm q4_0 --arm k=turboquant-4,v=turboquant-3,mean=both --calib other.txt")
@@ -115,8 +130,9 @@ local function parser()
   eval:option("--recent", "Exact tokens at the end, for arms that do not say."):convert(from_zero "--recent"):default "0":argname "N"
   eval:option("--page-tokens", "Tokens of a page, for arms that do not say."):convert(positive "--page-tokens"):argname "N"
   eval:option("--mode", "visibility (one pass) or stream (token by token)."):convert(one_of("--mode", "visibility", "stream")):default "visibility"
-  eval:option("--calib", "Another text than the one scored, for mean=both, k or v (default: the demo's)."):argname "FILE"
+  eval:option("--calib", "Another text than the one scored, for means and calibrated codecs (default: the demo's)."):argname "FILE"
   eval:option("--calib-chunks", "Chunks of it."):convert(positive "--calib-chunks"):default "8":argname "N"
+  eval:option("--artifact", "Calibration of `kelvin calibrate` instead of --calib."):argname "FILE"
   eval:option("--seed", "Of every codec that has one."):convert(seed()):argname "N"
   eval:option("--rows", "Write rows as JSON lines."):argname "FILE"
   eval:option("--format", "table, json or llama."):convert(one_of("--format", "table", "json", "llama")):default "table"
@@ -160,6 +176,10 @@ end
 local function calibration(model, o)
   local lib = require "kelvin.lib"
   local text, source
+  if o.artifact then
+    check.that(not o.path, "--calib %s and --artifact %s: one of them", o.path, o.artifact)
+    return model:calibrate { artifact = o.artifact }
+  end
   if o.path then
     text, source = read_file(o.path, "--calib"), o.path:match "[^/]+$"
     check.that(text ~= o.scored, "--calib: '%s' is the text that is scored; means must come from another", o.path)
@@ -200,7 +220,8 @@ function commands.eval(a)
   local sha = out and require("kelvin.lib").sha256_file(model.path) or nil
   local failed = false
   local rows = require("kelvin.eval").run { model = model, text = text, data_name = a.text:match "[^/]+$", arms = a.arm, context = a.context, chunks = a.chunks, score = a.score,
-    sink = a.sink, recent = a.recent, page_tokens = a.page_tokens, mode = a.mode, calib = calibration(model, { path = a.calib, chunks = a.calib_chunks, arms = a.arm, scored = text }), seed = a.seed,
+    sink = a.sink, recent = a.recent, page_tokens = a.page_tokens, mode = a.mode, seed = a.seed,
+    calib = calibration(model, { path = a.calib, artifact = a.artifact, chunks = a.calib_chunks, arms = a.arm, scored = text }),
     controls = not a.no_controls, model_sha256 = sha, on_progress = log.progress,
     on_row = function(row)
       log.clear()
@@ -222,6 +243,34 @@ function commands.eval(a)
   else print(tostring(rows)) end
   if rows.interrupted then log.warn("interrupted: %d of %d arms are complete", #rows, #a.arm) end
   return (failed or rows.interrupted) and 1 or 0
+end
+
+function commands.calibrate(a)
+  local model = require("kelvin.model").open(a.model)
+  if not a.text and not a.artifact then check.fail("calibrate: --text FILE is needed, or --artifact FILE to show one") end
+  if a.text and not a.out and #a.check == 0 then check.fail("calibrate: -o FILE is needed, or --check ARM") end
+  local text = a.text and read_file(a.text, "--text")
+  if a.artifact and #a.check > 0 and not text then check.fail("calibrate: --check with --artifact needs --text FILE of another text") end
+  local c
+  if a.artifact then c = model:calibrate { artifact = a.artifact }
+  else
+    c = model:calibrate { text = text, context = a.context, chunks = math.ceil(a.tokens / a.context), skip = a.skip, rows = a.rows, source = a.text:match "[^/]+$",
+      on_progress = function(i, n) log.progress(i / n, "calibrating") end }
+    log.clear()
+  end
+  for _, arm in ipairs(a.check) do
+    c:check(arm, { text = a.artifact and text or nil, chunks = a.check_chunks, on_progress = log.progress })
+    log.clear()
+  end
+  if a.out then c:save(a.out) end
+  print(tostring(c))
+  local d = c:describe()
+  for _, line in ipairs { { "text", c.source or "unnamed" }, { "tokens", d.tokens_sha256 }, { "model", d.model_fingerprint }, { "rope", d.rope_sha256 }, { "moments", d.sha256 } } do
+    print(("  %-8s %s"):format(line[1], tostring(line[2])))
+  end
+  for _, x in ipairs(c.notes.checks or {}) do print("  check    " .. require("kelvin.calib").verdict(x)) end
+  if a.out then print(("  wrote    %s"):format(a.out)) end
+  return 0
 end
 
 function commands.run(a)

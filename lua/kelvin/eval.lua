@@ -265,6 +265,11 @@ function M.run(o)
   run.manifest = { schema = "kelvin.row.1", build = lib.build(), model = { name = model.name, path_sha256 = o.model_sha256, bytes = model.file_bytes, arch = model.arch, weights = model.weight_type },
     data = { tokens_sha256 = tokens_hash(buf, n), n_tokens = n, name = o.data_name, text_sha256 = o.text and lib.sha256(o.text) or nil },
     context = o.context, chunks = chunks, score = o.score, semantics = o.mode, seed = o.seed, calibration = o.calib and o.calib:describe() or nil }
+  local calibrations = { [o.calib or 0] = o.calib }
+  for _, arm in ipairs(arms) do
+    if arm.plan.calibration then calibrations[arm.plan.calibration] = arm.plan.calibration end
+  end
+  for _, c in pairs(calibrations) do c:refuse_overlap(buf, n, "kv.eval") end
   if model.add_bos then
     for c = 0, chunks - 1 do buf[c * o.context] = model.bos end
   end

@@ -72,7 +72,7 @@ function M.new(model, layers, o)
   check(C.kv_plan_check(handle))
   local n = model.n_layers * model.n_kv_heads
   plan.resolved, plan.layers, plan.control, plan.table_bytes = resolved, layers, control, tables
-  plan.calib = o.calib and o.calib:describe() or nil
+  plan.calibration = o.calib
   plan.bits_nominal = { k = nominal.k / n, v = nominal.v / n, mean = (nominal.k + nominal.v) / (2 * n) }
   plan.bits_payload = { k = payload.k / n, v = payload.v / n, mean = (payload.k + payload.v) / (2 * n) }
   return plan

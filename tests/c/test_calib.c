@@ -65,21 +65,32 @@ static double worst_moment(const float *x, const kv_rope *rope, int w, const flo
     return worst;
 }
 
-static void test_frames(int n_rot)
+static float k[N * D], q[N * D];
+
+static const int sliding[1];
+typedef struct toy { kv_model m; kv_rope rope; double freq[D / 2]; } toy;
+
+/* Geometry alone, that nothing here runs: one layer, one head; biased keys and queries to go with it. */
+static void set_toy(toy *x, int n_rot)
 {
-    static float k[N * D], q[N * D];
-    double freq[D / 2];
-    for (int i = 0; i < n_rot / 2; i++) freq[i] = pow(100, -2.0 * i / n_rot);
-    const kv_rope rope = { n_rot, freq };
-    const int sliding[1] = { 0 };
-    kv_model *m = kv_zalloc(sizeof *m);                    /* geometry alone: nothing here runs it */
-    atomic_init(&m->refs, 2);
-    m->info.n_layers = m->info.n_kv_heads = m->info.n_heads = 1;
-    m->info.head_dim = D;
-    m->geo = (kv_geometry){ 1, 1, 1, D, &rope, sliding };
+    memset(x, 0, sizeof *x);
+    for (int i = 0; i < n_rot / 2; i++) x->freq[i] = pow(100, -2.0 * i / n_rot);
+    x->rope = (kv_rope){ n_rot, x->freq };
+    atomic_init(&x->m.refs, 1 << 20);                      /* never freed */
+    x->m.info.n_layers = x->m.info.n_kv_heads = x->m.info.n_heads = 1;
+    x->m.info.head_dim = D;
+    x->m.geo = (kv_geometry){ 1, 1, 1, D, &x->rope, sliding };
     kv_rng_normal(7, n_rot, 0, N * D, k);
     kv_rng_normal(8, n_rot, 0, N * D, q);
-    for (int i = 0; i < N * D; i++) k[i] += (float)(i % D) * 3, q[i] += 2;      /* biased */
+    for (int i = 0; i < N * D; i++) k[i] += (float)(i % D) * 3, q[i] += 2;
+}
+
+static void test_frames(int n_rot)
+{
+    toy model;
+    set_toy(&model, n_rot);
+    kv_model *m = &model.m;
+    const kv_rope rope = model.rope;
     float removed[D];
     for (int i = 0; i < D; i++) removed[i] = (float)i - 2;
     kv_calib *c = by_hand(m, k, q);
@@ -117,7 +128,108 @@ static void test_frames(int n_rot)
     CHECK(kv_moments_new(&x, c, 0, 0, KV_SIDE_V, 0, NULL) == KV_E_UNCALIBRATED, "%s", kv_last_error());
     c->work = NULL;
     kv_calib_free(c);
-    kv_free(m);
+}
+
+/* ---- the artifact */
+
+static void seal(uint8_t *image, size_t n, int payload)    /* makes the checksums fit again */
+{
+    char hex[65];
+    for (int part = payload ? 0 : 1; part < 2; part++) {
+        kv_sha256(part ? image : image + 256, part ? 224 : (double)(n - 256), hex);
+        for (int i = 0; i < 32; i++) sscanf(hex + 2 * i, "%2hhx", image + (part ? 224 : 168) + i);
+    }
+}
+
+static void refused(toy *model, const uint8_t *image, size_t n, int status, const char *want)
+{
+    kv_calib *c;
+    const int got = kv_calib_parse(&c, &model->m, image, n, "x");
+    CHECK(got == status && !c && strstr(kv_last_error(), want) && !strchr(kv_last_error(), '\n'), "%s: %s (want: %s)", kv_status_name(got), kv_last_error(), want);
+    kv_calib_free(c);
+}
+
+static void test_artifact(void)
+{
+    toy model, other;
+    uint8_t *image, *again;
+    size_t n, n_again;
+    int32_t tokens[200];
+    set_toy(&model, D);
+    kv_calib *c = by_hand(&model.m, k, q), *loaded;
+    for (int t = 0; t < 200; t++) tokens[t] = t * t % 1009;
+    CHECK(kv_calib_remember(c, tokens, 130, 4) == KV_OK && kv_calib_remember(c, tokens + 130, 70, 4) == KV_OK && c->n_block == 4 + 2, "%d blocks", c->n_block);
+    CHECK(kv_calib_note(c, "{\"text\":\"a\"}") == KV_OK && kv_calib_write(c, &image, &n) == KV_OK, "%s", kv_last_error());
+    CHECK(kv_calib_parse(&loaded, &model.m, image, n, "x") == KV_OK, "%s", kv_last_error());
+    CHECK(kv_calib_write(loaded, &again, &n_again) == KV_OK && n == n_again && memcmp(image, again, n) == 0, "read and written it is other bytes");
+    kv_moments *a, *b;
+    kv_moments_new(&a, c, 0, 0, KV_SIDE_K, W, NULL);
+    kv_moments_new(&b, loaded, 0, 0, KV_SIDE_K, W, NULL);
+    CHECK(memcmp(a->second, b->second, sizeof(double) * D * D) == 0 && memcmp(a->query, b->query, sizeof(double) * D * D) == 0 &&
+          memcmp(a->sample, b->sample, sizeof(float) * 8 * D) == 0 && memcmp(a->position, b->position, sizeof(int32_t) * 8) == 0, "other moments");
+    kv_moments_free(a);
+    kv_moments_free(b);
+    kv_calib_info info;
+    CHECK(kv_calib_get_info(loaded, &info) == KV_OK && strcmp(info.notes, "{\"text\":\"a\"}") == 0 && info.n_chunks == 2 && info.context == 70 && info.skip == 4, "books");
+    kv_calib_free(loaded);
+
+    set_toy(&other, D);
+    other.freq[3] *= 1.01;
+    refused(&other, image, n, KV_E_ARG, "artifact 'x': made for RoPE ");
+    set_toy(&other, D);
+    other.m.info.n_ff = 7;
+    refused(&other, image, n, KV_E_ARG, "artifact 'x': made for model ");
+    other.m.info.n_heads = 2;
+    refused(&other, image, n, KV_E_ARG, "made for 1 layers, 1 K/V heads, 1 heads, head_dim 16; model '' has 1, 1, 2, 16");
+    for (size_t cut = 0; cut < n; cut += cut < 300 ? 1 : 997) refused(&model, image, cut, KV_E_CORRUPT, "artifact 'x': ");
+    for (size_t at = 0; at < n; at += at < 256 ? 1 : 61) {                     /* any flipped byte is seen */
+        image[at] ^= 0x10;
+        CHECK(kv_calib_parse(&loaded, &model.m, image, n, "x") < 0, "byte %zu flipped is not seen", at);
+        image[at] ^= 0x10;
+    }
+    memcpy(again, image, n);
+    again[8] = 2;
+    seal(again, n, 0);
+    refused(&model, again, n, KV_E_UNSUPPORTED, "artifact 'x': version 2, this build reads 1");
+    for (uint32_t seed = 0; seed < 3000; seed++) {                             /* forged: checksums that fit over other bytes */
+        uint32_t r[4];
+        memcpy(again, image, n);
+        for (uint32_t i = 0; i <= seed % 3; i++) {
+            kv_rng_u32(seed, 1, 0, i, r);
+            again[r[0] % (r[1] & 1 ? 72 : (uint32_t)n)] = (uint8_t)(r[2] & 1 ? 0xff : r[3]);
+        }
+        seal(again, n, 1);
+        if (kv_calib_parse(&loaded, &model.m, again, n, "x") < 0) continue;
+        if (kv_moments_new(&a, loaded, 0, 0, (int)(seed & 1), seed & 2 ? W : 0, NULL) == KV_OK) {
+            bool finite = true;
+            for (int i = 0; i < D * D; i++) finite &= isfinite(a->second[i]) && (!a->query || isfinite(a->query[i]));
+            CHECK(finite, "seed %u: moments are not finite", seed);
+            kv_moments_free(a);
+        }
+        kv_calib_free(loaded);
+    }
+
+    int found, of;
+    CHECK(kv_calib_overlap(c, tokens, 200, &found, &of) == KV_OK && found == 6 && of == 6, "%d of %d", found, of);
+    CHECK(kv_calib_overlap(c, tokens + 50, 100, &found, &of) == KV_OK && found == 2, "%d of %d", found, of);   /* runs at 65 and 97 are whole */
+    int32_t shifted[400] = { 0 };
+    memcpy(shifted + 137, tokens, sizeof tokens);
+    CHECK(kv_calib_overlap(c, shifted, 400, &found, &of) == KV_OK && found == 6, "at another offset: %d of %d", found, of);
+    for (int t = 0; t < 400; t++) shifted[t] = t * 7 % 1013;
+    CHECK(kv_calib_overlap(c, shifted, 400, &found, &of) == KV_OK && found == 0, "another text: %d of %d", found, of);
+    CHECK(kv_calib_overlap(c, NULL, 0, &found, &of) == KV_OK && found == 0, "no tokens");
+
+    char path[] = "/tmp/kelvin_test_calib_XXXXXX", hex[65];
+    const int fd = mkstemp(path);
+    CHECK(fd >= 0 && kv_calib_save(c, path) == KV_OK, "%s", kv_last_error());
+    CHECK(kv_calib_load(&loaded, &model.m, path) == KV_OK && kv_calib_digest(loaded, hex) == KV_OK && strlen(hex) == 64, "%s", kv_last_error());
+    kv_calib_free(loaded);
+    close(fd);
+    unlink(path);
+    CHECK(kv_calib_load(&loaded, &model.m, path) == KV_E_IO && kv_calib_load(&loaded, &model.m, "/") < 0 && kv_calib_save(c, "/nowhere/x") == KV_E_IO, "%s", kv_last_error());
+    kv_free(image);
+    kv_free(again);
+    kv_calib_free(c);
 }
 
 static void test_rows(void)
@@ -202,6 +314,7 @@ int main(void)
     test_frames(D);
     test_frames(D / 2);                                    /* partial RoPE */
     test_frames(0);
+    test_artifact();
     test_rows();
     test_codecs();
     return check_end();

@@ -1,0 +1,114 @@
+local H = require "helper"
+local kv = H.kv
+
+local MODEL = "smollm2-135m"
+
+-- Sentences that differ all the way, so that a part of the text says nothing that another part has said.
+local function prose(seed, n)
+  local words = { "river", "stone", "morning", "letter", "captain", "garden", "window", "silver", "thought", "market", "winter", "bread", "music", "harbour", "engine", "field" }
+  local verbs = { "crossed", "found", "remembered", "sold", "heard", "painted", "lost", "carried" }
+  local out = {}
+  for i = 1, n do
+    local function pick(t, k) return t[math.floor(kv.random(seed, 0, 8 * i + k) * #t) + 1] end
+    out[i] = ("The %s %s %s the %s near %d %ss, and the %s %s it."):format(pick(words, 0), pick(words, 1), pick(verbs, 2), pick(words, 3), i + 100 * seed, pick(words, 4), pick(words, 5), pick(verbs, 6))
+  end
+  return table.concat(out, " ")
+end
+
+local cache
+local function calibrated()
+  local m = H.model(MODEL)
+  if m and not cache then cache = m:calibrate { text = prose(1, 30), chunks = 2, context = 96, rows = 100, source = "prose 1" } end
+  return m, cache
+end
+
+describe("a calibration", function()
+  it("keeps moments of keys, values and queries, and rows", function()
+    local m, c = calibrated()
+    if not m then return end
+    assert.are.equal(2 * 92, c.n_tokens)
+    assert.are.equal(100, c.n_rows)
+    local d = m.head_dim
+    for _, side in ipairs { "k", "k_pre", "v", "q", "q_pre" } do
+      local mean, rms, second = c:mean(side, 3, 2):totable(), c:rms(side, 3, 2):totable(), c:second(side, 3, 2)
+      assert.are.same({ d, d }, second:shape())
+      for i = 1, d do
+        H.close(second:get(i, i), rms[i] ^ 2, 1e-4 * rms[i] ^ 2)
+        assert.is_true(rms[i] >= math.abs(mean[i]) * 0.9999)
+      end
+    end
+    -- Rotations keep the length of a key.
+    local function energy(side)
+      local sum = 0
+      for _, x in ipairs(c:rms(side, 5, 1):totable()) do sum = sum + x * x end
+      return sum
+    end
+    H.close(energy "k", energy "k_pre", 1e-4 * energy "k")
+    assert.are.same({ 100, d }, c:rows("v", 1, 1):shape())
+    local q = c:quantile("v", 1, 1, { 0, 0.5, 1 })
+    for i = 1, d do assert.is_true(q:get(1, i) <= q:get(2, i) and q:get(2, i) <= q:get(3, i)) end
+    assert.matches("rows of kind 0 are not kept", H.fails(c.rows, c, "k", 1, 1))
+    assert.matches("side 'x' is none of k, k_pre, v, q, q_pre", H.fails(c.mean, c, "x", 1, 1))
+    assert.is_true(c:stats()[1].k.rms > 0 and c:stats()[1].k.outlier >= 1)
+  end)
+
+  it("is the same after a file, which other models refuse", function()
+    local m, c = calibrated()
+    if not m then return end
+    local path = os.tmpname()
+    assert.are.equal(c, c:save(path))
+    local d = kv.calibrate { model = m, artifact = path }
+    assert.are.equal(c:digest(), d:digest())
+    assert.are.equal("prose 1", d.source)
+    assert.are.same(c:describe(), d:describe())
+    assert.are.same(c:mean("k", 7, 3):totable(), d:mean("k", 7, 3):totable())
+    local function bits(calib) return kv.policy.resolve("turboquant-4,mean=both,page_rope=k", m, { calib = calib }).bits_payload.mean end
+    assert.are.equal(bits(c), bits(d))
+    local other = H.model "gemma-3-270m"
+    if other then assert.matches("made for 30 layers, 3 K/V heads, 9 heads, head_dim 64; model '.*' has 18, 1, 4, 256", H.fails(kv.calibrate, { model = other, artifact = path })) end
+    local f = assert(io.open(path, "r+b"))
+    f:seek("set", 5000)
+    f:write "x"
+    f:close()
+    assert.matches("the payload's checksum does not fit", H.fails(kv.calibrate, { model = m, artifact = path }))
+    os.remove(path)
+    assert.matches("No such file", H.fails(kv.calibrate, { model = m, artifact = path }))
+    assert.matches("an artifact or a text, not both", H.fails(kv.calibrate, { model = m, artifact = path, text = "x" }))
+  end)
+
+  it("may not be scored on its own text, wherever it begins", function()
+    local m, c = calibrated()
+    if not m then return end
+    local function eval(text) return kv.eval { model = m, text = text, context = 64, chunks = 4, controls = false, arms = { "q4_0,mean=k" }, calib = c } end
+    assert.matches("kv.eval: %d+ of the calibration's 4 runs of 32 tokens %(prose 1%) are in the scored text: calibrate on another text", H.fails(eval, "Something else before. " .. prose(1, 30)))
+    local row = eval(prose(2, 12))[1]
+    assert.are.equal("ok", row.status)
+    assert.is_true(row.bits_shared > 0)
+    assert.are.equal(c:digest(), row.manifest.calibration.sha256)
+  end)
+
+  it("is held against a data-oblivious twin, and says when it loses", function()
+    local m, c = calibrated()
+    if not m then return end
+    local x = c:check("k=turboquant-3,v=turboquant-3,mean=k,page_rope=k,sink=4", { chunks = 1, context = 64 })
+    assert.is_false(x.lost)
+    assert.is_true(x.kld > 0 and x.kld < x.twin_kld)
+    assert.matches("beats its data%-oblivious twin on held%-out text: KLD ", tostring(x))
+    assert.are.equal(x, c.notes.checks[1])
+    x.lost = true
+    assert.matches("LOSES to its data%-oblivious twin", tostring(x))
+    local path = os.tmpname()
+    local log, said = require "kelvin.log", {}
+    local warn = log.warn
+    log.warn = function(fmt, ...) said[#said + 1] = fmt:format(...) end
+    c:save(path)
+    local again = kv.calibrate { model = m, artifact = path }
+    log.warn = warn
+    os.remove(path)
+    assert.are.equal(2, #said)
+    assert.matches("LOSES to", said[2])
+    assert.are.equal(x.kld, again.notes.checks[1].kld)
+    assert.matches("held%-out text is needed", H.fails(again.check, again, "q4_0,mean=k"))
+    x.lost = false
+  end)
+end)
