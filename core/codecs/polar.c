@@ -70,7 +70,7 @@ static int polar_init(kv_codec *c)
         index_bits += count * log2(base);
         if (l == 0) continue;
         double psi[UPPER_MAX];
-        polar_lloyd(POLAR_ANGLE, 1 << l, base, psi);
+        polar_lloyd(POLAR_ANGLE, 1 << l, 0, base, psi);
         for (int i = 0; i < base; i++) {
             const double edge = i + 1 < base ? 0.5 * (psi[i] + psi[i + 1]) : M_PI_2;
             s->direction[l][2 * i] = (float)cos(psi[i]);
@@ -229,7 +229,7 @@ static double predicted(int angles, int norm, int bits, int levels, int upper, i
     return err;
 }
 
-/* Among settings within 0.02 bits of the nearest, the one with the least predicted error. */
+/* Among settings within 0.02 bits of the nearest, or up to 0.15 cheaper, the one with the least predicted error. */
 static int polar_fit(kv_codec *c, double target)
 {
     const int d = c->head_dim, norm = (int)c->value[P_NORM], levels = (int)c->value[P_LEVELS], count = d >> levels;
@@ -244,9 +244,9 @@ static int polar_fit(kv_codec *c, double target)
                 double rest = floats ? (norm == POLAR_F32 ? 32.0 : 16.0) * count / d : polar_field_bits(1 << bits, count) * count / d + (norm == POLAR_LLOYD ? 16.0 : 32.0) / d;
                 for (int l = 1; l < levels; l++) rest += polar_field_bits(upper, d >> (l + 1)) / (1 << (l + 1));
                 for (int n = 2; n <= POLAR_BASE_MAX; n++) {
-                    const double off = fabs(angle_bits[n] + rest - target), err = predicted(n, norm, bits, levels, upper, count);
+                    const double over = angle_bits[n] + rest - target, off = fabs(over), err = predicted(n, norm, bits, levels, upper, count);
                     if (pass == 0) best = fmin(best, off);
-                    else if (off <= best + 0.02 && err < least) {
+                    else if (off <= best + (over < 0 ? 0.15 : 0.02) && err < least) {
                         least = err;
                         c->value[P_ANGLES] = n;
                         c->value[P_NORM_BITS] = bits;

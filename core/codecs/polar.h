@@ -27,10 +27,12 @@ void   polar_pack(const polar_field *f, const int32_t *index, uint8_t *dst);
 
 /* Directions (cos, sin) of the 2 pi k / n. */
 void   polar_circle(int n, float *table);
-/* Lloyd-Max levels, ascending, of a density on (0, end): the angle between the norms of two Gaussian vectors of k
- * components each, f ~ sin(2 psi)^(k-1) on (0, pi/2); or the norm of one such vector with mean square 1. */
-enum { POLAR_ANGLE, POLAR_CHI };
-void   polar_lloyd(int density, int k, int levels, double *centroid);
+/* Lloyd-Max levels, ascending, of a density:
+ *   angle  between the norms of two Gaussian vectors of k components each: sin(2 psi)^(k-1) on (0, pi/2)
+ *   chi    the norm of one such vector, with mean square 1, where it exceeds `limit`
+ *   disk   the positive half of a coordinate of a Gaussian pair whose norm stays below `limit` */
+enum { POLAR_ANGLE, POLAR_CHI, POLAR_DISK };
+void   polar_lloyd(int density, int k, double limit, int levels, double *centroid);
 
 /* One text (polar_level.h) at each SIMD level; all levels give the same bits. */
 typedef struct polar_level {

@@ -107,9 +107,11 @@ void polar_circle(int n, float *table)
 
 enum { GRID = 8192, LLOYD_STEPS = 300 };
 
-static double density(int kind, int k, double x)
+static double density(int kind, int k, double limit, double x)
 {
     if (kind == POLAR_ANGLE) return pow(sin(2 * x), k - 1);
+    if (kind == POLAR_DISK) return exp(-0.5 * x * x) * erf(sqrt(0.5 * fmax(0, limit * limit - x * x)));
+    if (x < limit) return 0;
     const double peak = 0.5 * (k - 1) * (log((k - 1.0) / k) - 1);
     return exp((k - 1) * log(x) - 0.5 * k * x * x - peak);
 }
@@ -124,15 +126,15 @@ static void below(const double *mass, const double *moment, double step, double 
 }
 
 /* Starts where a density's cube root has equal shares (Panter and Dite), which is optimal for many levels. */
-void polar_lloyd(int kind, int k, int levels, double *centroid)
+void polar_lloyd(int kind, int k, double limit, int levels, double *centroid)
 {
     static const int n = GRID;
     double mass[GRID + 1], moment[GRID + 1];
-    const double end = kind == POLAR_ANGLE ? M_PI_2 : 1 + 6 / sqrt((double)k), step = end / n;
+    const double end = kind == POLAR_ANGLE ? M_PI_2 : kind == POLAR_DISK ? limit : 1 + 6 / sqrt((double)k), step = end / n;
     double total = 0;
     mass[0] = moment[0] = 0;
     for (int i = 0; i < n; i++) {
-        const double x = step * (i + 0.5), f = density(kind, k, x);
+        const double x = step * (i + 0.5), f = density(kind, k, limit, x);
         mass[i + 1] = mass[i] + f;
         moment[i + 1] = moment[i] + f * x;
         total += cbrt(f);
@@ -181,7 +183,7 @@ void polar_norms_init(polar_norms *s, int mode, int bits, int count, int k)
     if (mode != POLAR_LLOYD) return;
     double c[256];
     const int levels = 1 << bits;
-    polar_lloyd(POLAR_CHI, k, levels, c);
+    polar_lloyd(POLAR_CHI, k, 0, levels, c);
     for (int i = 0; i < 256; i++) {
         s->table[i] = (float)c[i % levels];
         s->bound[i] = i < levels - 1 ? (float)(0.5 * (c[i] + c[i + 1])) : INFINITY;
