@@ -16,6 +16,19 @@ return {
       params = params, k = params, v = params, about = { type = text }, source = { type = text },
       aliases = { type = "array", items = { type = text } } } } },
   } },
+  layers = { type = "object", keys = {
+    about   = { type = text, required = true, about = "one sentence" },
+    source  = { type = text, required = true, about = "paper and section" },
+    codec   = { type = text, required = true, about = "the preset on every layer; boosted layers take other angles" },
+    presets = { type = "object", required = true, about = "by name", values = { type = "object", keys = {
+      about = { type = text, required = true }, aliases = { type = "array", items = { type = text } },
+      names = { type = "array", required = true, items = { type = text }, about = "what a model's name contains, lower case, letters and digits alone" },
+      shape = { type = "object", values = { type = "any" }, about = "n_layers, n_kv_heads, head_dim and, where that is not enough, arch" },
+      boost = { type = "array", required = true, items = { type = "object", keys = { first = { type = number, required = true }, last = { type = number, required = true } } },
+        about = "ranges of layers, from 1" },
+      k_angles = { type = number, required = true }, v_angles = { type = number, required = true },
+      published = { type = "object", values = { type = "any" }, about = "angle bits, layers they were counted over, changes of perplexity" } } } },
+  } },
   models = { type = "object", keys = {
     about      = { type = text, required = true, about = "one sentence, shown by `kelvin models`" },
     file       = { type = text, about = "name of the file in the cache folder" },

@@ -122,7 +122,7 @@ local function parser()
     "Example: kelvin eval smollm2-135m --text book.txt --context 512 --chunks 30 --arm q4_0 --arm k=turboquant-4,v=turboquant-3,mean=both --calib other.txt")
   eval:argument("model", "A model's name or a .gguf file."):argname "MODEL"
   eval:option("--text", "Text file to score."):argname "FILE":count "1"
-  eval:option("--arm", "Cache setting; again for more."):argname "ARM":count "+"
+  eval:option("--arm", "Cache setting, or policy=NAME:PARAM=VALUE; again for more."):argname "ARM":count "+"
   eval:option("--context", "Tokens of a chunk."):convert(positive "--context"):default "512":argname "N"
   eval:option("--chunks", "Chunks at most."):convert(positive "--chunks"):default "30":argname "N"
   eval:option("--score", "second-half or all."):convert(one_of("--score", "second-half", "all")):default "second-half"

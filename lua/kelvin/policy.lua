@@ -153,9 +153,31 @@ function M.uniform(o)
   end }
 end
 
+-- Policies by name, each a module that makes it.
+local named = { mixedkv = "kelvin.mixedkv", hybrid = "kelvin.hybrid", saved = "kelvin.hybrid" }
+
+--- policy=NAME:PARAM=VALUE:...,PARAM=VALUE,... as that policy with these parameters; defaults: of parameters that it has.
+local function by_text(text, defaults)
+  local given, name = {}, nil
+  for item in text:gsub("%s+", ""):gmatch "[^,:]+" do
+    local key, value = item:match "^([%w_]+)=(.+)$"
+    check.that(key, "arm '%s': '%s' is not PARAM=VALUE", text, item)
+    if key == "policy" and not name then name = value else given[key] = tonumber(value) or value end
+  end
+  check.that(named[name], "arm '%s': policy '%s' is unknown; known: %s", text, tostring(name), table.concat(sorted_keys(named), ", "))
+  local policy = M[name]
+  for key, value in pairs(defaults or {}) do
+    if policy.params[key] and given[key] == nil then given[key] = value end
+  end
+  policy = policy(given)
+  policy.name = text
+  return policy
+end
+
 --- A policy from whatever names one: a policy, an arm's text, a table for uniform.
 function M.of(x, defaults)
   if M.is(x) then return x end
+  if type(x) == "string" and x:find "^%s*policy=" then return by_text(x, defaults) end
   if type(x) == "string" then x = require("kelvin.arm").parse(x) end
   check.that(type(x) == "table", "policy: a %s given; a policy, an arm's text or a table { k =, v = } is needed", type(x))
   local o = {}
@@ -214,7 +236,7 @@ function M.resolve(policy, model, o)
     check.fail("policy '%s': it reads stats, which need calibration: pass calib = model:calibrate{...} (--calib FILE)", policy.name)
   end })
   local outer = scope
-  scope = { model = model, context = o.context or 2048 }
+  scope = { model = model, context = o.context or 2048, calib = o.calib }
   local ok, layers = pcall(policy.plan, p, model, stats)
   scope = outer
   if not ok then error(layers, 0) end
@@ -321,4 +343,10 @@ function M.fit_budget(layers, budget, o)
   return out
 end
 
-return setmetatable(M, { __call = function(_, def) return M.new(def) end })
+--- The model, context and calibration that a policy is being resolved for.
+function M._scope() return scope end
+
+return setmetatable(M, {
+  __call = function(_, def) return M.new(def) end,
+  __index = function(_, name) return named[name] and require(named[name])[name] end,
+})

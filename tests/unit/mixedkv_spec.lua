@@ -1,0 +1,95 @@
+local H = require "helper"
+local kv = H.kv
+
+local function model(name, n_layers, n_kv_heads, head_dim, arch)
+  return { name = name, n_layers = n_layers, n_heads = n_kv_heads, n_kv_heads = n_kv_heads, head_dim = head_dim, arch = arch or "llama", n_ctx_train = 4096 }
+end
+local function resolve(policy, m, o) return kv.policy.resolve(policy, m, o) end
+local function angles(entry) return tonumber(entry.params:match "angles=(%d+)") end
+
+-- Mean angle bits as the paper counts them: log2(n) / 2 over keys, values and layers.
+local function angle_bits(plan)
+  local sum = 0
+  for _, y in ipairs(plan.resolved.layers) do sum = sum + (math.log(angles(y.k)) + math.log(angles(y.v))) / math.log(2) / 4 end
+  return sum / #plan.resolved.layers
+end
+
+describe("kv.policy.mixedkv", function()
+  it("gives every published model the published mean of angle bits", function()
+    local recorded = { tinyllama = { 22, 64 }, ["mistral-7b"] = { 32, 128 }, smollm2 = { 24, 64 }, ["phi-1.5"] = { 24, 64 }, ["stablelm-2"] = { 32, 64 },
+      starcoder2 = { 40, 128 }, ["olmo-1b"] = { 32, 64 } }
+    for name, p in pairs(require("kelvin.mixedkv").presets()) do
+      local shape = recorded[name] or recorded["mistral-7b"]
+      local plan = resolve(kv.policy.mixedkv { preset = name }, model("x", shape[1], 2, shape[2]))
+      H.close(angle_bits(plan), p.published.angle_bits, 6e-4, name)
+    end
+  end)
+
+  it("finds the preset by the model's name, then by its shape", function()
+    local match = require("kelvin.mixedkv").match
+    assert.are.equal("smollm2", match(model("SmolLM2 135M Instruct", 30, 3, 64)).name)
+    assert.are.equal("mistral-7b", match(model("mistralai/Mistral-7B-Instruct-v0.3", 32, 8, 128)).name)
+    assert.are.equal("phi-1.5", match(model("phi-1_5", 24, 32, 64)).name)
+    assert.are.equal("tinyllama", match(model("unnamed", 22, 4, 64)).name)
+    assert.are.equal("phi-1.5", match(model("unnamed", 24, 32, 64, "phi2")).name)
+    assert.is_nil(match(model("unnamed", 6, 3, 64)))
+  end)
+
+  it("boosts the preset's layers and no others", function()
+    local y = resolve(kv.policy.mixedkv { preset = "phi-1.5", sink = 4 }, model("x", 24, 2, 64)).resolved.layers
+    assert.are.same({ 256, 128, 64, 256 }, { angles(y[8].k), angles(y[9].k), angles(y[9].v), angles(y[17].k) })
+    assert.are.equal(4, y[9].sink)
+    assert.matches("norm=log,norm_bits=4", y[1].v.params)
+  end)
+
+  it("takes early boost, ranges and protected ends", function()
+    local m = model("x", 12, 2, 64)
+    local y = resolve(kv.policy.mixedkv { early = 4, v_angles = 64, edge = 1 }, m).resolved.layers
+    assert.are.equal("q8_0", y[1].k.codec)
+    assert.are.equal("q8_0", y[12].v.codec)
+    assert.are.same({ 256, 64, 128 }, { angles(y[4].k), angles(y[4].v), angles(y[5].k) })
+    y = resolve("policy=mixedkv:layers=2-3+7:codec=turboangle-rebalanced:k_angles=512,recent=32", m).resolved.layers
+    assert.are.same({ 256, 512, 512, 256, 512 }, { angles(y[1].k), angles(y[2].k), angles(y[3].k), angles(y[4].k), angles(y[7].k) })
+    assert.are.equal(32, y[1].recent)
+  end)
+
+  it("says what it does not know", function()
+    local m = model("x", 6, 3, 64)
+    assert.matches("^policy 'mixedkv': no preset fits model 'x' %(6 layers, 3 K/V heads, head_dim 64%); name one of early_boost_mistral_like, mistral", H.fails(resolve, "policy=mixedkv", m))
+    assert.matches("preset 'llama' is unknown; known: auto, uniform, early_boost", H.fails(resolve, "policy=mixedkv:preset=llama", m))
+    assert.matches("layers='3' ?.*is not ranges", H.fails(resolve, kv.policy.mixedkv { layers = "3-x" }, m):gsub("3%-x", "3"))
+    assert.matches("policy 'mixed' is unknown; known: hybrid, mixedkv, saved", H.fails(resolve, "policy=mixed", m))
+    assert.matches("unknown parameter 'boost'", H.fails(resolve, "policy=mixedkv:boost=3", m))
+  end)
+end)
+
+describe("kv.policy.hybrid", function()
+  local m = model("toy", 2, 2, 64)
+
+  it("picks for every slot the least error that fits; on Gaussian vectors TurboAngle with its own radii does not", function()
+    local choice = require("kelvin.hybrid").choose(m, { bits = 4.25, tolerance = .02, tokens = 64, per = "head" })
+    assert.are.equal(8, #choice.rows)
+    assert.are.equal("synthetic", choice.source)
+    for _, r in ipairs(choice.rows) do
+      assert.is_true(r.bits <= 4.27 and r.bits > 3.5)
+      assert.is_true(r.kind == "turboquant" or r.kind == "turboangle-lloyd")
+      assert.is_true(r.least.turboangle > 1.1 * r.least.turboquant and r.least["turboangle-lloyd"] < 1.25 * r.least.turboquant)
+      for _, other in pairs(r.least) do assert.is_true(r.score <= other) end
+    end
+  end)
+
+  it("saves a choice that another plan reads", function()
+    local path = os.tmpname()
+    local a = resolve(kv.policy.hybrid { source = "synthetic", bits = 5.25, tokens = 64, per = "layer", save = path, sink = 4 }, m)
+    local b = resolve(kv.policy.saved { file = path, sink = 4 }, m)
+    assert.are.same(a.bits_payload, b.bits_payload)
+    assert.are.equal(a.resolved.layers[2].v.params, b.resolved.layers[2].v.params)
+    assert.matches("is for n_layers=2, model has 3", H.fails(resolve, "policy=saved:file=" .. path, model("toy", 3, 2, 64)))
+    os.remove(path)
+  end)
+
+  it("needs a text to judge on captured vectors", function()
+    assert.matches("source=captured needs a text", H.fails(resolve, "policy=hybrid", m))
+    assert.matches("no codec here fits bits=1 ", H.fails(resolve, "policy=hybrid:bits=1:source=synthetic:tolerance=0", m))
+  end)
+end)
