@@ -185,7 +185,7 @@ install: all
 	@rm -f $(INST)/share/kelvin/lua/host.c
 	@echo "installed kelvin in $(INST)"
 
-# Relocatable: LuaJIT inside the program, the libraries it needs beside libkelvin.so (found by $$ORIGIN), busted's Lua files and
+# Relocatable: LuaJIT inside the program, zlib and liblzma inside libkelvin.so, the other libraries beside it (found by $$ORIGIN), busted's Lua files and
 # the specs.  Runs on x86-64 with glibc 2.36 or later and nothing installed: `bin/kelvin`, `bin/kelvin-test`.
 DIST ?= dist/kelvin
 BUSTED_MODULES := busted busted.lua lfs.lua cliargs cliargs.lua luassert pl say term system dkjson.lua mediator.lua argparse.lua
@@ -196,7 +196,7 @@ dist: all ctests
 	@rm -rf $(DIST)
 	@$(MAKE) --no-print-directory install PREFIX= DESTDIR=$(abspath $(DIST)) > /dev/null
 	@$(CC) $(CSTD) $(WARN) $(CFLAGS) $(LUAJIT_CFLAGS) lua/host.c -Wl,-Bstatic -lluajit-5.1 -Wl,-Bdynamic -lm -ldl -rdynamic -o $(DIST)/bin/kelvin
-	@$(CC) $(CFLAGS) -shared -o $(DIST)/lib/libkelvin.so $(OBJ) $(LIBS) -Wl,-z,defs,-z,now,-z,nodelete,-rpath,'$$ORIGIN'
+	@$(CC) $(CFLAGS) -shared -o $(DIST)/lib/libkelvin.so $(OBJ) $(filter-out -lz -llzma,$(LIBS)) -Wl,-Bstatic -lz -llzma -Wl,-Bdynamic -Wl,--exclude-libs,libz.a:liblzma.a -Wl,-z,defs,-z,now,-z,nodelete,-rpath,'$$ORIGIN'
 	@for so in $$(ldd $(DIST)/lib/libkelvin.so | awk '/=> \// { print $$3 }' | grep -vE '/(libc|libm|libdl|libpthread|librt|ld-linux[^/]*)\.so'); do cp -L $$so $(DIST)/lib/; done
 	@mkdir -p $(DIST)/share/kelvin/busted $(DIST)/libexec && cp -R tests $(DIST)/share/kelvin/
 	@for m in $(BUSTED_MODULES); do [ ! -e $(LUA_SHARE)/$$m ] || cp -RL $(LUA_SHARE)/$$m $(DIST)/share/kelvin/busted/; done

@@ -6,15 +6,7 @@
  * One page buffer and one tail buffer a block, so that the ledger is the allocation: what the last page has no tokens for
  * is slack, what alignment adds is padding. */
 #include <math.h>
-#include "codec.h"
-
-struct kv_block {
-    kv_codec *codec;
-    int       n_heads, n_tokens, n_coded, n_pages;         /* n_coded: tokens in pages, of each head */
-    size_t    pages_bytes, exact_bytes;                    /* allocated */
-    uint8_t  *pages;
-    uint16_t *exact;
-};
+#include "block.h"
 
 static inline uint8_t *page_at(const kv_block *b, int head, int page)
 {
@@ -80,40 +72,51 @@ static void encode_head(void *ctx, int head, int thread)
     }
 }
 
-int kv_block_encode(kv_block **out, kv_codec *c, const kv_tensor *src)
+/* Zeroed pages and rows for a shape. */
+int kv_block_new(kv_block **out, kv_codec *c, int n_heads, int n_tokens)
 {
     int status = KV_OK;
     size_t n;
-    float *scratch = NULL;
-    RETURN_ERROR_IF(!out || !c, KV_E_ARG, "block: NULL %s", out ? "codec" : "handle");
-    *out = NULL;
-    FORWARD_IF_ERROR(check_view(src, "block source", -1, -1, c->head_dim));
-    FORWARD_IF_ERROR(check_finite(src, "block source"));
     kv_block *b = kv_zalloc(sizeof *b);
     if (!b) return KV_E_NOMEM;
     b->codec = kv_codec_ref(c);
-    b->n_heads = src->shape[0];
-    b->n_tokens = src->shape[1];
+    b->n_heads = n_heads;
+    b->n_tokens = n_tokens;
     b->n_coded = b->n_tokens / c->granule * c->granule;
-    b->n_pages = (b->n_coded + c->page_tokens - 1) / c->page_tokens;
+    b->n_pages = b->n_coded / c->page_tokens + (b->n_coded % c->page_tokens != 0);
     FAIL_IF(!kv_mul((size_t)b->n_heads, (size_t)b->n_pages, &n) || !kv_mul(n, c->page_bytes, &b->pages_bytes) ||
             !kv_mul((size_t)b->n_heads * (size_t)(b->n_tokens - b->n_coded), (size_t)c->head_dim * 2, &n),
             KV_E_NOMEM, "block: %d heads of %d tokens do not fit in memory", b->n_heads, b->n_tokens);
     b->exact_bytes = kv_round_up(n, 64);
-    if ((b->pages_bytes && !(b->pages = kv_zalloc(b->pages_bytes))) || (b->exact_bytes && !(b->exact = kv_zalloc(b->exact_bytes))) ||
-        !(scratch = kv_alloc_array((size_t)kv_threads() * c->page_tokens, (size_t)c->head_dim * sizeof(float), false))) {
+    if ((b->pages_bytes && !(b->pages = kv_zalloc(b->pages_bytes))) || (b->exact_bytes && !(b->exact = kv_zalloc(b->exact_bytes)))) {
         status = KV_E_NOMEM;
         goto fail;
+    }
+    *out = b;
+    return KV_OK;
+fail:
+    kv_block_free(b);
+    return status;
+}
+
+int kv_block_encode(kv_block **out, kv_codec *c, const kv_tensor *src)
+{
+    RETURN_ERROR_IF(!out || !c, KV_E_ARG, "block: NULL %s", out ? "codec" : "handle");
+    *out = NULL;
+    FORWARD_IF_ERROR(check_view(src, "block source", -1, -1, c->head_dim));
+    FORWARD_IF_ERROR(check_finite(src, "block source"));
+    kv_block *b;
+    FORWARD_IF_ERROR(kv_block_new(&b, c, src->shape[0], src->shape[1]));
+    float *scratch = kv_alloc_array((size_t)kv_threads() * c->page_tokens, (size_t)c->head_dim * sizeof(float), false);
+    if (!scratch) {
+        kv_block_free(b);
+        return KV_E_NOMEM;
     }
     encode_job job = { b, src, scratch };
     kv_parallel(b->n_heads, encode_head, &job);
     kv_free(scratch);
     *out = b;
     return KV_OK;
-fail:
-    kv_free(scratch);
-    kv_block_free(b);
-    return status;
 }
 
 /* Rows [tok0, tok1) of one head, all in one page or all in the tail. */

@@ -53,6 +53,8 @@ void kv_cache_free(kv_cache *c);
 int  kv_cache_fork(kv_cache **out, const kv_cache *c);
 int  kv_cache_truncate(kv_cache *c, int n_tokens);
 int  kv_cache_n_tokens(const kv_cache *c);
+int  kv_cache_max_tokens(const kv_cache *c);
+kv_plan *kv_cache_plan(const kv_cache *c);            /* not a new reference */
 /* One layer's attention for n new tokens at positions n_tokens .. n_tokens+n-1: appends their K and V, then attends.
  * q: [n][n_heads][head_dim], after RoPE and not scaled; k, v: [n][n_kv_heads][head_dim], k after RoPE; out like q.
  * softcap 0: none.  Layers are called in order 0 .. n_layers-1; kv_cache_commit(n) ends the step. */
@@ -65,6 +67,19 @@ void kv_cache_pairs(const kv_cache *c, kv_pairs *out);
 void kv_cache_count_from(kv_cache *c, int first_query);   /* pairs are counted for queries at this position and later */
 double kv_cache_mutate(kv_cache *c, double seed, double share);
 const char *kv_cache_paths(const kv_cache *c);
+
+/* ---- files (container_cache.c): sections "cache", "codec", "cache.k" and "cache.v"; bytes in docs/formats.md */
+typedef struct kv_cache_extras {              /* what a session keeps beside its cache */
+    const char    *model, *rope, *about;      /* digests, 64 hex digits each; JSON */
+    const int32_t *tokens;                    /* [n_tokens] */
+    const float   *logits;                    /* [n_logits] */
+    int            n_logits;
+} kv_cache_extras;
+struct kv_pack_writer;
+int  kv_cache_save(const kv_cache *c, struct kv_pack_writer *w, const kv_cache_extras *x, int stage, int level);
+/* x: digests of the model that it is for.  *n_logits: how many lie in page 5 of section "cache".  A damaged page is
+ * KV_E_CORRUPT; with salvage the cache ends before it. */
+int  kv_cache_load(kv_cache **out, const kv_geometry *g, const kv_pack *p, const kv_cache_extras *x, int max_tokens, int salvage, int *n_logits);
 
 /* rope.c: rotate n_rows rows of head_dim floats, ld apart, by position pos (row r at pos + r * step; step 0: all alike). */
 void kv_rope_rows(const kv_rope *r, float *x, int64_t ld, int n_rows, int64_t pos, int64_t step);

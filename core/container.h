@@ -9,6 +9,7 @@
  * know it refuses by name (kv_pack_known), unless the section says that it may be passed over.  Bytes: docs/formats.md. */
 #ifndef KV_CONTAINER_H
 #define KV_CONTAINER_H
+#include "codec.h"
 #include "entropy.h"
 
 enum { KV_PACK_VERSION = 1, KV_PACK_KIND = 24 /* bytes of a kind's name with its NUL */, KV_PACK_MAX_PAGE = 1 << 30 };
@@ -45,4 +46,9 @@ int  kv_pack_check(const kv_pack *p, int i, int page);                    /* as 
 /* KV_OK when every section is of one of these kinds and not newer than this library, or may be passed over. */
 typedef struct kv_pack_kind { const char *kind; int version; } kv_pack_kind;
 int  kv_pack_known(const kv_pack *p, const kv_pack_kind *known, int n);
+
+/* ---- shared sections (container_block.c): a codec with its parameters and calibrated tables is a section "codec" */
+int  kv_pack_put_codec(kv_pack_writer *w, const kv_codec *c);
+int  kv_pack_get_codec(kv_codec **out, const kv_pack *p, int i);          /* section i */
+int  kv_stage_find(const char *name, int *stage);                         /* "zlib" -> KV_STAGE_ZLIB */
 #endif

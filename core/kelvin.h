@@ -335,7 +335,19 @@ int  kv_pack_open(kv_pack **out, const char *path);
 int  kv_pack_info(const kv_pack *p, int *version, int *n_sections, double *file_bytes);
 int  kv_pack_section_at(const kv_pack *p, int i, kv_pack_section_info *out);
 int  kv_pack_check(const kv_pack *p, int section, int page);      /* KV_E_CORRUPT names the page */
+int  kv_pack_page_size(const kv_pack *p, int section, int page, double *n_bytes);
+int  kv_pack_copy(const kv_pack *p, int section, int page, void *dst, double n_bytes);   /* decoded, checked */
 void kv_pack_free(kv_pack *p);
+/* about: JSON text that goes into the file as it is.  salvage 1: damaged pages of a block decode from zeros; a session keeps
+ * the tokens before the first damaged page.  0: a damaged page is KV_E_CORRUPT and named. */
+int  kv_block_save(const kv_block *b, const char *path, const char *about, const char *stage, int level);
+int  kv_block_load(kv_block **out, const kv_pack *p, int salvage);
+kv_codec *kv_block_codec(const kv_block *b);                      /* a new reference */
+/* tokens: the n_tokens ids that were fed, kept beside the cache with the last logits.  max_tokens 0: as it was. */
+int  kv_session_save(const kv_session *s, const char *path, const int32_t *tokens, const char *about, const char *stage, int level);
+int  kv_session_load(kv_session **out, kv_model *m, const kv_pack *p, int max_tokens, int salvage);
+kv_plan *kv_session_plan(const kv_session *s);                    /* a new reference */
+int  kv_session_max_tokens(const kv_session *s);
 
 /* ---- line editing, pull-style over libedit ----------------------------------------------------------------------- */
 

@@ -1,6 +1,8 @@
 /* session.c -- one sequence: a cache, a forward pass of one lane, and the logits it last made.
  *
  * Also what is a session in disguise: taps, which run a text once over an exact cache and keep Q, K and V of one layer. */
+#include "calib.h"
+#include "container.h"
 #include "model.h"
 
 enum { FEED_AT_ONCE = 512 /* tokens of one pass: past this the products gain nothing and activations grow */ };
@@ -181,6 +183,58 @@ int kv_session_mutate(kv_session *s, double seed, double share, double *n)
 }
 
 const char *kv_session_paths(const kv_session *s) { return s ? kv_cache_paths(s->cache) : ""; }
+
+/* ---- files */
+
+kv_plan *kv_session_plan(const kv_session *s) { return s ? kv_plan_ref(kv_cache_plan(s->cache)) : NULL; }
+
+int kv_session_max_tokens(const kv_session *s) { return s ? s->max_tokens : 0; }
+
+int kv_session_save(const kv_session *s, const char *path, const int32_t *tokens, const char *about, const char *stage, int level)
+{
+    char model[65], rope[65];
+    kv_pack_writer *w = NULL;
+    int status, n_stage;
+    RETURN_ERROR_IF(!s || !path || !about || !stage || (!tokens && kv_session_n_tokens(s) > 0), KV_E_ARG, "kv_session_save: NULL argument");
+    FORWARD_IF_ERROR(kv_stage_find(stage, &n_stage));
+    kv_calib_fingerprint(s->m, model, rope);
+    const kv_cache_extras x = { model, rope, about, tokens, s->logits, s->n_logits == 1 ? s->m->info.n_vocab : 0 };
+    FAIL_IF_ERROR(kv_pack_create(&w, path));
+    FAIL_IF_ERROR(kv_cache_save(s->cache, w, &x, n_stage, level));
+    status = kv_pack_finish(w);
+fail:
+    kv_pack_abandon(w);
+    return status;
+}
+
+int kv_session_load(kv_session **out, kv_model *m, const kv_pack *p, int max_tokens, int salvage)
+{
+    char model[65], rope[65];
+    kv_session *s = NULL;
+    kv_cache *cache = NULL;
+    int status, n_logits;
+    RETURN_ERROR_IF(!out || !m || !p, KV_E_ARG, "kv_session_load: NULL argument");
+    *out = NULL;
+    kv_calib_fingerprint(m, model, rope);
+    FORWARD_IF_ERROR(kv_cache_load(&cache, &m->geo, p, &(kv_cache_extras){ .model = model, .rope = rope }, max_tokens, salvage, &n_logits));
+    status = session_alloc(&s, m, kv_cache_max_tokens(cache));
+    if (status < 0) {
+        kv_cache_free(cache);
+        return status;
+    }
+    s->cache = cache;
+    if (n_logits) {
+        FAIL_IF(n_logits != m->info.n_vocab, KV_E_CORRUPT, "file '%s': %d logits, the model has %d", kv_pack_name(p), n_logits, m->info.n_vocab);
+        FAIL_IF_ERROR(reserve_logits(s, 1));
+        FAIL_IF_ERROR(kv_pack_read(p, kv_pack_find(p, "cache", 0), 5, s->logits, (size_t)n_logits * sizeof(float)));
+        s->n_logits = 1;
+    }
+    *out = s;
+    return KV_OK;
+fail:
+    kv_session_free(s);
+    return status;
+}
 
 /* ---- taps */
 

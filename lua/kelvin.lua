@@ -16,7 +16,8 @@ local where = {
   interrupted = { "kelvin.lib", "interrupted" }, sha256 = { "kelvin.lib", "sha256" },
   sha256_file = { "kelvin.lib", "sha256_file" }, hadamard = { "kelvin.lib", "hadamard" },
   lloyd_max = { "kelvin.lib", "lloyd_max" }, device = { "kelvin.lib", "device" }, build = { "kelvin.lib", "build" },
-  random = { "kelvin.lib", "random" },
+  random = { "kelvin.lib", "random" }, container = { "kelvin.container" }, save = { "kelvin.container", "save" },
+  load = { "kelvin.container", "load" },
 }
 
 --- Names that the module offers, sorted: for help and completion.

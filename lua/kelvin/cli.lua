@@ -72,6 +72,17 @@ local function parser()
   models:flag("--tensors", "List the file's tensors too.")
   models:flag("--meta", "List the file's metadata too.")
 
+  local cache = p:command("cache", "Keep a prompt's cache in a file; see and check such files (any that kv.save wrote).",
+    "Examples: kelvin cache make prompt.kv --text prompt.txt --arm turboquant-4; kelvin cache info prompt.kv; kelvin cache verify prompt.kv")
+  cache:argument("what", "make, info or verify."):choices { "make", "info", "verify" }
+  cache:argument("file", "The file."):argname "FILE"
+  cache:option("--text", "make: the text whose cache it is."):argname "TEXT"
+  cache:option("--model", "make: a model's name or a .gguf file."):default(DEFAULT_MODEL):argname "MODEL"
+  cache:option("--arm", "make: cache setting (default: exact f32)."):argname "ARM"
+  cache:option("--stage", "make: raw, zlib, lzma, rans or smallest."):choices { "raw", "zlib", "lzma", "rans", "smallest" }:default "raw"
+  cache:option("--level", "make: of zlib (1-9) or lzma (0-9)."):convert(from_zero "--level"):argname "N"
+  cache:option("--context", "make: tokens the cache can hold."):convert(positive "--context"):default "4096":argname "N"
+
   p:command("doctor", "What is here, what is missing, and how to get it.", "Example: kelvin doctor")
 
   local report = p:command("report", "Make a run's tables, plots and report again from its rows.", "Example: kelvin report results/scratch/01_pareto/latest")
@@ -287,6 +298,27 @@ function commands.chat(a)
   return require("kelvin.chat").main(a, calibration)
 end
 function commands.bench(a) return require("kelvin.bench").main(a) end
+
+function commands.cache(a)
+  local container = require "kelvin.container"
+  if a.what == "make" then
+    local text = read_file(check.that(a.text, "cache make: --text FILE is needed"), "--text")
+    local session = require("kelvin.model").open(a.model):session { arm = a.arm, max_tokens = a.context }
+    session:feed(text)
+    session:save(a.file, { stage = a.stage, level = a.level })
+    print(tostring(session))
+  end
+  local f = container.open(a.file)
+  if a.what ~= "verify" then
+    print(tostring(f))
+    return 0
+  end
+  local damaged, pages = f:verify(), 0
+  for _, s in ipairs(f.sections) do pages = pages + s.pages end
+  for _, message in ipairs(damaged) do print(message) end
+  print(("%s: %d of %d pages are whole"):format(a.file, pages - #damaged, pages))
+  return #damaged > 0 and 1 or 0
+end
 
 function commands.codecs(a)
   local codec = require "kelvin.codec"

@@ -10,6 +10,7 @@ local check = require "kelvin.check"
 local tensor = require "kelvin.tensor"
 local bytes = require "kelvin.bytes"
 local config = require "kelvin.config"
+local json = require "kelvin.json"
 local doc = require("kelvin.help").doc
 
 local M, Codec, Block = {}, {}, {}
@@ -398,6 +399,24 @@ function Block.__index:page(head, page)
   local data, n = ffi.new "uint8_t*[1]", ffi.new "double[1]"
   check(C.kv_block_page(self._b, head - 1, page - 1, data, n))
   return ffi.string(data[0], n[0])
+end
+
+function Block.__index:_save(path, stage, level)
+  local about = { about = ("block of %s: %d heads, %d tokens, %d dims"):format(self.codec.name, self.heads, self.tokens, self.head_dim), codec = self.codec.name, rows_only = self.rows_only }
+  check(C.kv_block_save(self._b, path, json.encode(about), stage, level))
+end
+
+--- For kelvin.container: the block in a file.  Its codec is the file's, tables included; a preset's name is kept while it fits.
+function M._load(file, o)
+  local b = K.handle("kv_block", C.kv_block_free, function(out) return C.kv_block_load(out, file._p, o.salvage and 1 or 0) end)
+  local handle = ffi.gc(C.kv_block_codec(b), C.kv_codec_free)
+  local i, about = M._info(handle), file.sections[1].meta
+  local known, preset = pcall(M.new, about.codec)
+  local c = M.new(known and preset.family == i.family and about.codec or i.family, M._parse_params(i.params))
+  c.instances[i.head_dim .. "/" .. i.page_tokens .. "/" .. i.side], c.head_dim = handle, i.head_dim
+  local n = ffi.new "int[3]"
+  check(C.kv_block_shape(b, n, n + 1, n + 2))
+  return setmetatable({ _b = b, codec = c, side = i.side, page_tokens = i.page_tokens, heads = n[0], tokens = n[1], head_dim = n[2], rows_only = about.rows_only and n[0] == 1 }, Block)
 end
 
 function Block:__tostring()

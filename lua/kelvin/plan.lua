@@ -78,6 +78,20 @@ function M.new(model, layers, o)
   return plan
 end
 
+local kept = { "name", "resolved", "page_tokens", "model_name", "control", "table_bytes", "calib", "bits_nominal", "bits_payload" }
+
+--- For kelvin.session: what a file says of a plan, and a plan from that.  What made it (policy, codec objects) is not kept.
+function M._describe(plan)
+  local out = {}
+  for _, key in ipairs(kept) do out[key] = plan[key] end
+  return out
+end
+function M._loaded(handle, described)
+  local plan = setmetatable({ handle = handle }, Plan)
+  for _, key in ipairs(kept) do plan[key] = described[key] end
+  return plan
+end
+
 function M.is(p) return getmetatable(p) == Plan end
 
 local function side_text(s)

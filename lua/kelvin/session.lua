@@ -146,6 +146,37 @@ function M.split_utf8(s)
   return s, ""
 end
 
+doc("session:save", [[
+  s:save(path [, { stage = "raw", level = }]) -> path
+  The whole cache as a file, with its tokens, its codecs and the last logits: kv.save(path, s).  kv.load(path) gives a session
+  that goes on with the same logits as this one would.]])
+function Session.__index:save(path, o) return require("kelvin.container").save(path, self, o) end
+
+function Session.__index:_save(path, stage, level)
+  local json, plans = require "kelvin.json", require "kelvin.plan"
+  local m = self.model
+  local about = { about = ("cache of %s: %s, %d tokens of %d"):format(m.name, self.plan and self.plan.name or "exact f32", #self.ids, self.max_tokens), model = { name = m.name, path = m.path },
+    plan = self.plan and plans._describe(self.plan) or nil }
+  check(C.kv_session_save(self._s, path, (m:_ids(self.ids, "save")), json.encode(about), stage, level))
+end
+
+--- For kelvin.container: the session in a file.
+function M._load(file, o)
+  local models, plans = require "kelvin.model", require "kelvin.plan"
+  local about = file.sections[1].meta
+  local m = o.model or about.model and (about.model.name and select(2, models.find(about.model.name)) and about.model.name or about.model.path)
+  check.that(m, "kv.load: file '%s' does not say which model it belongs to: model = is needed", file.path)
+  if type(m) == "string" then m = models.open(m) end
+  local s = K.handle("kv_session", C.kv_session_free, function(out) return C.kv_session_load(out, m._m, file._p, o.max_tokens or 0, o.salvage and 1 or 0) end)
+  local plan = about.plan and plans._loaded(ffi.gc(C.kv_session_plan(s), C.kv_plan_free), about.plan) or nil
+  local self = setmetatable({ _s = s, model = m, plan = plan, max_tokens = C.kv_session_max_tokens(s), ids = {} }, Session)
+  local tokens = file:page(1, 5)
+  local ids = ffi.cast("const int32_t*", tokens)
+  for i = 1, self.n_tokens do self.ids[i] = ids[i - 1] end
+  self.n_logits = C.kv_session_logits(s) ~= nil and 1 or 0
+  return self
+end
+
 --- s:tap{ layer =, what = "k" | "v" | "q" | "k_pre" | "q_pre" }: that tensor over the session's tokens, f32, exact cache.
 function Session.__index:tap(o)
   check.that(#self.ids > 0, "tap: the session has no tokens")
