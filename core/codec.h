@@ -89,6 +89,8 @@ void kv_rows_dot(int dtype, const void *x, int64_t ld, int n_rows, int dim, cons
 void kv_rows_accumulate(int dtype, const void *x, int64_t ld, int n_rows, int dim, const float *p, int64_t p_ld, int n_q, float *acc, int64_t a_ld);
 
 /* Shared stages (hadamard.c, lloyd.c). */
+int   kv_uniform_best(int bits, double *centroids, double *distortion /* or NULL */);   /* equal steps of least squared error for N(0,1) */
+int   kv_lloyd_sample(int bits, float *x, size_t n, double *centroids);   /* Lloyd's iteration on |x|, which is sorted: levels ascending and symmetric */
 void kv_fwht(float *x, int n);                        /* one row, orthonormal, SIMD by level; same bits at every level */
 void kv_fwht_blocks(float *x, int n);                 /* any n: transforms of powers of two, largest first (96 = 64 + 32) */
 void kv_signs(double seed, int stream, int n, float *sign);   /* n random signs, +1 or -1 */

@@ -9,6 +9,7 @@
  * sweep; a handful of steps from the Panter-Dite start reach rounding (8 bits: under 5 ms). */
 #include <math.h>
 #include <pthread.h>
+#include <stdlib.h>
 #include "codec.h"
 
 enum { MAX_HALF = 128, GRID = 4096, MAX_STEPS = 200, MAX_DIM = 65536 };
@@ -154,4 +155,85 @@ int kv_lloyd_max(int bits, int dim, double *centroids, double *distortion)
     }
     pthread_mutex_unlock(&known_lock);
     return status;
+}
+
+/* Distortion of 2^bits equal steps on N(0,1), codes in the middle: 1 - 2 sum c moment + sum c^2 mass. */
+static double uniform_distortion(int half, double step)
+{
+    const density f = density_new(0);
+    double sum = 0.5;
+    for (int i = 0; i < half; i++) {
+        const double c = (i + 0.5) * step;
+        const cell a = cell_of(&f, i * step, (i + 1) * step, i == half - 1);
+        sum += c * (c * a.mass - 2 * a.moment);
+    }
+    return 2 * sum;
+}
+
+int kv_uniform_best(int bits, double *centroids, double *distortion)
+{
+    RETURN_ERROR_IF(bits < 1 || bits > 8, KV_E_ARG, "kv_uniform_best: bits=%d is outside 1..8", bits);
+    const int half = 1 << (bits - 1);
+    double lo = 1.0 / half, hi = 5.0 / half;      /* the best outer edge lies between 1.6 (1 bit) and 4 deviations (8 bits) */
+    for (int i = 0; i < 80; i++) {
+        const double third = (hi - lo) / 3;
+        if (uniform_distortion(half, lo + third) < uniform_distortion(half, hi - third)) hi -= third;
+        else lo += third;
+    }
+    for (int i = 0; i < half; i++) {
+        centroids[half + i] = (i + 0.5) * 0.5 * (lo + hi);
+        centroids[half - 1 - i] = -centroids[half + i];
+    }
+    if (distortion) *distortion = uniform_distortion(half, 0.5 * (lo + hi));
+    return KV_OK;
+}
+
+static int by_size(const void *a, const void *b)
+{
+    const float x = *(const float *)a, y = *(const float *)b;
+    return (x > y) - (x < y);
+}
+
+/* The first of x[0..n) above b, by bisection. */
+static size_t above(const float *x, size_t n, double b)
+{
+    size_t lo = 0;
+    while (n) {
+        const size_t half = n / 2;
+        if (x[lo + half] > b) n = half;
+        else lo += half + 1, n -= half + 1;
+    }
+    return lo;
+}
+
+/* Each step costs a bisection a level: the values are sorted and summed up once.  A cell without values keeps its centroid. */
+int kv_lloyd_sample(int bits, float *x, size_t n, double *centroids)
+{
+    enum { STEPS = 300 };
+    FORWARD_IF_ERROR(kv_lloyd_max(bits, 0, centroids, NULL));
+    const int m = 1 << (bits - 1);
+    double *sum = kv_alloc_array(n + 1, sizeof *sum, false), *c = centroids + m, move = 1;
+    if (!sum) return KV_E_NOMEM;
+    for (size_t i = 0; i < n; i++) x[i] = fabsf(x[i]);
+    if (n) qsort(x, n, sizeof *x, by_size);
+    sum[0] = 0;
+    for (size_t i = 0; i < n; i++) sum[i + 1] = sum[i] + x[i];
+    for (int k = 0; k < STEPS && move > 1e-7; k++) {
+        move = 0;
+        for (size_t i = 0, from = 0, to; i < (size_t)m; i++, from = to) {
+            to = i + 1 < (size_t)m ? above(x, n, 0.5 * (c[i] + c[i + 1])) : n;
+            if (to <= from) continue;
+            const double mean = (sum[to] - sum[from]) / (double)(to - from);
+            move = fmax(move, fabs(mean - c[i]));
+            c[i] = mean;
+        }
+    }
+    kv_free(sum);
+    /* In float, as tables hold them, each a little above the one before: rows may be all of one value. */
+    for (int i = 0; i < m; i++) {
+        const double least = i ? c[i - 1] + 1e-4 : 2e-3;
+        c[i] = (float)fmin(fmax(c[i], least), 900);
+        centroids[m - 1 - i] = -c[i];
+    }
+    return KV_OK;
 }

@@ -23,21 +23,30 @@ INLINE __m256i slot_of_plane(const int bits, const uint8_t *at, const int slot)
     return _mm256_or_si256(low, _mm256_and_si256(_mm256_srli_epi16(load(at + 64), slot == 6 ? 4 : 5), _mm256_set1_epi8(4)));
 }
 
-/* A byte shuffle reaches 16 centroids.  Beyond 4 bits every 16 of them take their turn: code - 16k, plus 0x70 with
- * saturation, keeps bit 7 clear for this table's codes alone, and the shuffle answers 0 to the others. */
+/* A byte shuffle reaches 16 centroids, and answers 0 where bit 7 of the index is set.  Beyond 4 bits the codebook's positive half
+ * is looked up and the sign put on after: with j the centroid's number there, j + 0x80 - 16 (k + 1) has bit 7 clear for j in
+ * tables 0..k, and the xor of what tables k answer is the centroid. */
 INLINE void lookup(const int bits, const scalar_state *s, __m256i i, __m256i *a, __m256i *b)
 {
-    __m256i lo = _mm256_setzero_si256(), hi = lo;
-    if (bits > 4) i = _mm256_and_si256(i, _mm256_set1_epi8((char)((1 << bits) - 1)));
-    for (int k = 0; k < (bits <= 4 ? 1 : 1 << (bits - 4)); k++) {
-        const __m256i lo_table = _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i *)s->byte_lo[k]));
-        const __m256i hi_table = _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i *)s->byte_hi[k]));
-        const __m256i at = bits <= 4 ? i : _mm256_adds_epu8(_mm256_sub_epi8(i, _mm256_set1_epi8((char)(16 * k))), _mm256_set1_epi8(0x70));
-        lo = bits <= 4 ? _mm256_shuffle_epi8(lo_table, at) : _mm256_or_si256(lo, _mm256_shuffle_epi8(lo_table, at));
-        hi = bits <= 4 ? _mm256_shuffle_epi8(hi_table, at) : _mm256_or_si256(hi, _mm256_shuffle_epi8(hi_table, at));
+    if (bits <= 4) {
+        const __m256i lo = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_load_si128((const __m128i *)s->byte_lo[0])), i);
+        const __m256i hi = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_load_si128((const __m128i *)s->byte_hi[0])), i);
+        *a = _mm256_unpacklo_epi8(lo, hi);
+        *b = _mm256_unpackhi_epi8(lo, hi);
+        return;
     }
-    *a = _mm256_unpacklo_epi8(lo, hi);
-    *b = _mm256_unpackhi_epi8(lo, hi);
+    const int half = 1 << (bits - 1), n = half / 16;
+    const __m256i below = _mm256_cmpeq_epi8(_mm256_and_si256(i, _mm256_set1_epi8((char)half)), _mm256_setzero_si256());
+    const __m256i j = _mm256_and_si256(_mm256_xor_si256(i, below), _mm256_set1_epi8((char)(half - 1)));
+    __m256i lo = _mm256_setzero_si256(), hi = lo;
+    for (int k = 0; k < n; k++) {
+        const __m256i at = k == n - 1 ? j : _mm256_add_epi8(j, _mm256_set1_epi8((char)(0x80 - 16 * (k + 1))));
+        lo = _mm256_xor_si256(lo, _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_load_si128((const __m128i *)s->byte_lo[k])), at));
+        hi = _mm256_xor_si256(hi, _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_load_si128((const __m128i *)s->byte_hi[k])), at));
+    }
+    const __m256i sign = _mm256_or_si256(below, _mm256_set1_epi8(1));
+    *a = _mm256_sign_epi16(_mm256_unpacklo_epi8(lo, hi), _mm256_unpacklo_epi8(sign, sign));
+    *b = _mm256_sign_epi16(_mm256_unpackhi_epi8(lo, hi), _mm256_unpackhi_epi8(sign, sign));
 }
 
 typedef struct sums { __m256i s[SCALAR_QUERIES][2]; } sums;
@@ -167,7 +176,7 @@ INLINE void accumulate_block(const int bits, const int g, const kv_codec *c, con
         for (int i = 0; i < SCALAR_SEGMENT; i += 8) _mm256_store_ps(scale + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(half + i))));
         weigh(g, p + tok, ld, n, scale, w, unit);
         scalar_settle(w);
-        for (int dim = 0; dim < c->space_dim; dim += 8) {
+        for (int dim = 0; dim < st->n_tiles * SCALAR_LANES; dim += 8) {
             __m256i s[SCALAR_QUERIES];
             add_units(bits, g, plane_at(&st->plane[0], page, dim, tok), plane_at(&st->plane[st->n_planes - 1], page, dim, tok), n_units, st, (const int64_t *)w[0], SCALAR_SEGMENT / 4, s);
 #define QUERY(q) if (g > q) { \

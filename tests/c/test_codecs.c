@@ -218,6 +218,25 @@ static void try_params(const char *family, const char *params, int head_dim, int
     kv_codec_free(c);
 }
 
+/* Every so manieth combination is made, so that families with many choices stay affordable: 35 a shape, 250 of the usual one.
+ * Primes: from shape to shape others have their turn. */
+static unsigned stride_of(int codec, int shape)
+{
+    static const unsigned prime[] = { 3, 11, 31, 101, 211, 401, 809, 1601 };
+    kv_codec_desc d;
+    kv_param p;
+    unsigned all = 1;
+    int k = shape >= 0;
+    kv_codec_describe(codec, &d);
+    for (int i = 0; i < d.n_params; i++) {
+        kv_codec_param_at(codec, i, &p);
+        if (p.type == KV_PARAM_CHOICE) all *= (unsigned)(p.max - p.min) + 1;
+        else if (strcmp(p.name, "bits") == 0) all *= (unsigned)(p.max - p.min) / (shape >= 0 ? 2 : 1) + 1;
+    }
+    while (k < 7 && prime[k] < all / (shape >= 0 ? 35 : 250)) k++;
+    return prime[k];
+}
+
 /* Sets parameters i.. in turn; text holds what is set so far. */
 static void product(int codec, int i, const char *text, int shape)
 {
@@ -226,8 +245,7 @@ static void product(int codec, int i, const char *text, int shape)
     kv_codec_describe(codec, &d);
     if (i == d.n_params) {
         static unsigned turn, count;
-        const unsigned stride = shape >= 0 ? 11 : 3;                      /* primes: over the shapes every combination has its turn */
-        if (count++ % stride != 0) return;
+        if (count++ % stride_of(codec, shape) != 0) return;
         if (shape >= 0) try_params(d.name, text, dims[shape], pages[turn % 3], (int)(turn / 3 % 2), 1);
         else {
             try_params(d.name, text, 64, 64, KV_SIDE_K, turn % 2);
