@@ -228,10 +228,18 @@ local function to_describe(self, head_dim, page_tokens, side)
 end
 
 --- For kelvin.plan: the C codec of one slot, its tables made from a calibration.  mean: what the plan removes, or nil.
+-- Settings without tables share one, whose state then stays in the processor's cache.
 function Codec.__index:_calibrated(calib, layer, head, side, page_tokens, page_rope, mean)
-  return made(self, side, function(out, family, params)
+  local key = side .. "/" .. page_tokens
+  if not self.plain or self.plain.calib ~= calib then self.plain = { calib = calib } end
+  if self.plain[key] then return self.plain[key] end
+  local c = made(self, side, function(out, family, params)
     return C.kv_codec_calibrate(out, calib._c, family, params, page_tokens, layer - 1, head - 1, side_code[side], page_rope and 1 or 0, mean)
   end)
+  local blob, n = ffi.new "const void*[1]", ffi.new "double[1]"
+  check(C.kv_codec_blob(c, blob, n))
+  if n[0] == 0 then self.plain[key] = c end
+  return c
 end
 
 doc("codec:info_for", [[
