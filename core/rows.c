@@ -27,21 +27,9 @@ static void accumulate_c(int dtype, const uint8_t *x, size_t stride, int n_rows,
             for (int i = 0; i < dim; i++) acc[g * a_ld + i] += p[g * p_ld + t] * element(dtype, x, i);
 }
 
-#define L(name) name##_avx2
-#define TARGET KV_AVX2
-#define LANES 8
-#include "rows_level.h"
-#undef L
-#undef TARGET
-#undef LANES
-
-#define L(name) name##_avx512
-#define TARGET KV_AVX512
-#define LANES 16
-#include "rows_level.h"
-#undef L
-#undef TARGET
-#undef LANES
+#define LEVEL_FILE "rows_level.h"
+#include "levels.h"
+#undef LEVEL_FILE
 
 void kv_rows_dot(int dtype, const void *x, int64_t ld, int n_rows, int dim, const float *q, int64_t q_ld, int n_q, float *scores, int64_t s_ld)
 {

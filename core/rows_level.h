@@ -1,4 +1,4 @@
-/* rows_level.h -- attention on rows for one SIMD level; rows.c includes it once per level with L, TARGET and LANES set. */
+/* rows_level.h -- attention on rows for one SIMD level (levels.h). */
 #include "lanes.h"
 
 INLINE L(vf) L(row_load)(int dtype, const uint8_t *row, int i)

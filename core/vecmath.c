@@ -2,29 +2,11 @@
 #include <immintrin.h>
 #include "vecmath.h"
 
-#define L(name) name##_c
-#define TARGET
-#define LANES 4
-#include "vecmath_level.h"
-#undef L
-#undef TARGET
-#undef LANES
-
-#define L(name) name##_avx2
-#define TARGET KV_AVX2
-#define LANES 8
-#include "vecmath_level.h"
-#undef L
-#undef TARGET
-#undef LANES
-
-#define L(name) name##_avx512
-#define TARGET KV_AVX512
-#define LANES 16
-#include "vecmath_level.h"
-#undef L
-#undef TARGET
-#undef LANES
+#define LEVEL_C
+#define LEVEL_FILE "vecmath_level.h"
+#include "levels.h"
+#undef LEVEL_FILE
+#undef LEVEL_C
 
 #define AT_LEVEL(name, ...) (kv_cpu_simd() >= KV_SIMD_AVX512 ? name##_avx512(__VA_ARGS__) : kv_cpu_simd() >= KV_SIMD_AVX2 ? name##_avx2(__VA_ARGS__) : name##_c(__VA_ARGS__))
 

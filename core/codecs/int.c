@@ -50,8 +50,19 @@ typedef struct int_state {
     int    cols;                                           /* values of a row */
     bool   along_tokens, has_min, interleaved, s8;         /* s8: codes are int8 */
     bool   whole;                                          /* no register of 16 columns crosses a group or the row's end */
-    size_t block_bytes, row_bytes, granule_bytes;          /* block_bytes: of a full block */
+    bool   fixed;                                          /* 16-bit fixed point: one plane of codes, whole blocks */
+    size_t block_bytes, group_bytes, row_bytes, granule_bytes;   /* block_bytes, group_bytes: of full ones */
+    size_t query_fixed;                                    /* where fixed_row() is in a prepared query; 0: nowhere */
 } int_state;
+
+/* Offsets in what fixed_row() writes. */
+typedef struct fixed_layout { size_t unit, sum, whole, bytes; } fixed_layout;
+
+static inline fixed_layout fixed_layout_of(int cols, int group)
+{
+    const size_t pairs = 2 * (size_t)cols, n = 4 * (size_t)((cols + group - 1) / group);
+    return (fixed_layout){ pairs, pairs + n, pairs + 2 * n, kv_round_up(pairs + 3 * n, 64) };
+}
 
 static inline const int_state *state_of(const kv_codec *c) { return c->state; }
 
@@ -109,6 +120,12 @@ static int int_init(kv_codec *c)
     c->bits_nominal = s->bits;
     c->space_dim = c->head_dim;
     c->query_bytes = kv_round_up((size_t)c->head_dim * sizeof(float), 64);
+    s->fixed = (s->bits == 2 || s->bits == 4 || s->bits == 8) && s->cols % BLOCK == 0 && s->group % BLOCK == 0;
+    s->group_bytes = (s->has_min ? 4 : 2) + (size_t)(s->group / BLOCK) * s->block_bytes;
+    if (s->fixed && !s->along_tokens) {
+        s->query_fixed = c->query_bytes;
+        c->query_bytes += fixed_layout_of(s->cols, s->group).bytes;
+    }
     return KV_OK;
 }
 
@@ -333,36 +350,67 @@ static void int_decode(const kv_codec *c, const uint8_t *page, int tok0, int n, 
 
 /* ---- attention ----------------------------------------------------------------------------------------------------- */
 
-static void int_query(const kv_codec *c, const float *q, int64_t ld, int n_q, void *prepared)
+/* 16-bit fixed point (int_fixed.h): a row of weights x as the dot product takes it, by group of columns, from `base` on:
+ *
+ *   | pairs of int16 [cols/2], 16 a block, in the order of the codes' dwords | unit f32 [n_groups] | sum f32 | whole int32 |
+ *
+ * unit: what 1 is worth; sum: of x; whole: of the integers.  Pair (j, k, parity) of a block of codes of b bits holds its elements
+ * e and e + 2, e = 4j + 32/(8/b) k + parity: those that a dword's shift by b k + 8 parity brings into its 16-bit halves. */
+enum { FIXED_ROWS = 64, FIXED_SUM = 8300000 /* of |integers|: times 255 under 2^31 */ };
+static void fixed_row(const int_state *s, const float *x, uint8_t *base)
 {
-    for (int g = 0; g < n_q; g++) {
-        float *dst = (float *)((uint8_t *)prepared + (size_t)g * c->query_bytes);
-        if (state_of(c)->interleaved) interleave(q + g * ld, dst, c->head_dim);
-        else memcpy(dst, q + g * ld, (size_t)c->head_dim * sizeof(float));
+    const fixed_layout f = fixed_layout_of(s->cols, s->group);
+    const int stride = s->bits * 4, per = 8 / s->bits;                    /* elements from shift to shift; shifts a byte */
+    for (int k = 0, i = 0; i < s->cols; k++) {
+        const int first = i, end = kv_min(i + s->group, s->cols);
+        float most = 0, size = 0, sum = 0;
+        int32_t whole = 0;
+        for (; i < end; i++) {
+            most = fmaxf(most, fabsf(x[i]));
+            size += fabsf(x[i]);
+            sum += x[i];
+        }
+        const bool usable = most >= 0x1p-100f && size < 0x1p100f;
+        const float by = usable ? fminf(32767 / most, FIXED_SUM / size) : 0, unit = usable ? 1 / by : size >= 0x1p100f ? NAN : 0;
+        for (int b = first; b < end; b += BLOCK) {
+            int16_t *pair = (int16_t *)base + b;
+            for (int j = 0; j < s->bits; j++)                             /* dwords */
+                for (int n = 0; n < 2 * per; n++, pair += 2) {
+                    const int e = b + 4 * j + n / 2 * stride + n % 2;
+                    pair[0] = (int16_t)lrintf(x[e] * by);
+                    pair[1] = (int16_t)lrintf(x[e + 2] * by);
+                    whole += pair[0] + pair[1];
+                }
+        }
+        memcpy(base + f.unit + 4 * (size_t)k, &unit, 4);
+        memcpy(base + f.sum + 4 * (size_t)k, &sum, 4);
+        memcpy(base + f.whole + 4 * (size_t)k, &whole, 4);
     }
 }
 
-#define L(name) name##_avx2
-#define TARGET KV_AVX2
-#define LANES 8
-#include "int_level.h"
-#undef L
-#undef TARGET
-#undef LANES
+#define LEVEL_FILE "codecs/int_level.h"
+#include "../levels.h"
+#undef LEVEL_FILE
 
-#define L(name) name##_avx512
-#define TARGET KV_AVX512
-#define LANES 16
-#include "int_level.h"
-#undef L
-#undef TARGET
-#undef LANES
+/* Dot products with rows that fixed_row() made. */
+static void mat_dot_fixed(const int_state *s, const uint8_t *rows, int n_rows, const uint8_t *x, size_t x_ld, int n_q, float *y, int64_t y_ld)
+{
+    for (int q = 0; q < n_q; q += 4)
+        (kv_cpu_simd() >= KV_SIMD_AVX512 ? fixed_dot_avx512 : fixed_dot_avx2)(s, rows, n_rows, x + (size_t)q * x_ld, x_ld, kv_min(4, n_q - q), y + q * y_ld, y_ld);
+}
 
 /* The two products of a matrix of rows, for up to SHARE queries.  y[q*y_ld + r] = <x_q, row r>;  y[q*y_ld + col] += sum_r w_q[r] row r.
  * Plain C, and shapes that the kernels leave out, decode TILE rows and attend to those. */
 static void mat_dot(const int_state *s, const uint8_t *rows, int n_rows, const float *x, int64_t x_ld, int n_q, float *y, int64_t y_ld)
 {
     const int level = kv_cpu_simd();
+    if (level >= KV_SIMD_AVX2 && s->fixed) {
+        const size_t bytes = fixed_layout_of(s->cols, s->group).bytes;
+        _Alignas(64) uint8_t fixed[SHARE * (2 * KV_MAX_PAGE + 12 * MAX_GROUPS + 64)];
+        for (int q = 0; q < n_q; q++) fixed_row(s, x + q * x_ld, fixed + (size_t)q * bytes);
+        mat_dot_fixed(s, rows, n_rows, fixed, bytes, n_q, y, y_ld);
+        return;
+    }
     if (level >= KV_SIMD_AVX2 && s->whole) {
         (level >= KV_SIMD_AVX512 ? mat_dot_avx512 : mat_dot_avx2)(s, rows, n_rows, x, x_ld, n_q, y, y_ld);
         return;
@@ -378,6 +426,11 @@ static void mat_dot(const int_state *s, const uint8_t *rows, int n_rows, const f
 static void mat_accumulate(const int_state *s, const uint8_t *rows, int n_rows, const float *w, int64_t w_ld, int n_q, float *y, int64_t y_ld)
 {
     const int level = kv_cpu_simd();
+    if (level >= KV_SIMD_AVX2 && s->fixed) {
+        for (int q = 0; q < n_q; q += 4)
+            (level >= KV_SIMD_AVX512 ? fixed_accumulate_avx512 : fixed_accumulate_avx2)(s, rows, n_rows, w + q * w_ld, w_ld, kv_min(4, n_q - q), y + q * y_ld, y_ld);
+        return;
+    }
     if (level >= KV_SIMD_AVX2 && s->whole) {
         (level >= KV_SIMD_AVX512 ? mat_accumulate_avx512 : mat_accumulate_avx2)(s, rows, n_rows, w, w_ld, n_q, y, y_ld);
         return;
@@ -387,6 +440,16 @@ static void mat_accumulate(const int_state *s, const uint8_t *rows, int n_rows, 
         const int n = kv_min(TILE, n_rows - r);
         for (int i = 0; i < n; i++) decode_row(s, rows + (size_t)(r + i) * s->row_bytes, buf + i * s->cols);
         kv_rows_accumulate(KV_F32, buf, s->cols, n, s->cols, w + r, w_ld, n_q, y, y_ld);
+    }
+}
+
+static void int_query(const kv_codec *c, const float *q, int64_t ld, int n_q, void *prepared)
+{
+    for (int g = 0; g < n_q; g++) {
+        float *dst = (float *)((uint8_t *)prepared + (size_t)g * c->query_bytes);
+        if (state_of(c)->interleaved) interleave(q + g * ld, dst, c->head_dim);
+        else memcpy(dst, q + g * ld, (size_t)c->head_dim * sizeof(float));
+        if (state_of(c)->query_fixed) fixed_row(state_of(c), dst, (uint8_t *)dst + state_of(c)->query_fixed);
     }
 }
 
@@ -400,7 +463,8 @@ static void int_dot(const kv_codec *c, const uint8_t *page, int n_tokens, const 
     for (int n; n_q > 0; n_q -= n, q += n * q_ld, scores += n * ld) {
         n = kv_min(n_q, SHARE);
         if (!s->along_tokens) {
-            mat_dot(s, page, n_tokens, q, q_ld, n, scores, ld);
+            if (s->fixed && kv_cpu_simd() >= KV_SIMD_AVX2) mat_dot_fixed(s, page, n_tokens, (const uint8_t *)q + s->query_fixed, c->query_bytes, n, scores, ld);
+            else mat_dot(s, page, n_tokens, q, q_ld, n, scores, ld);
             continue;
         }
         float buf[SHARE * KV_MAX_PAGE];

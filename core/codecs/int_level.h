@@ -1,4 +1,4 @@
-/* int_level.h -- int.c's two products on codes for one SIMD level; int.c includes it once per level with L, TARGET, LANES.
+/* int_level.h -- int.c's two products on codes for one SIMD level (levels.h).
  *
  * Scales leave the inner loop: a group contributes d (sum of x * code) + m (sum of x), so the loop multiplies bytes widened
  * to f32, and minima cost one multiply-add a group and 16 rows.  A tile is unpacked once for up to SHARE queries. */
@@ -6,10 +6,10 @@
 
 INLINE L(vf) L(widen)(bool has_min, const int8_t *p) { return has_min ? L(load_u8)(p) : L(load_s8)(p); }
 
-INLINE void L(dot_tile)(bool has_min, int group, int n_q, const int_state *s, const tile *t, int n, const float *x, int64_t x_ld,
+INLINE void L(dot_tile)(bool has_min, int n_q, const int_state *s, const tile *t, int n, const float *x, int64_t x_ld,
                         const float (*x_sum)[MAX_GROUPS], float *y, int64_t y_ld)
 {
-    const int cols = s->cols;
+    const int cols = s->cols, group = s->group;
     for (int r0 = 0; r0 < n; r0 += LANES) {
         const int m = kv_min(LANES, n - r0);
         L(vf) part[4][LANES];
@@ -54,11 +54,11 @@ INLINE void L(accumulate_cols)(bool has_min, int n_q, int width, const int8_t *c
         for (int j = 0; j < width; j++) L(store)(y + g * y_ld + j * LANES, a[g][j]);
 }
 
-INLINE void L(accumulate_tile)(bool has_min, int group, int n_q, const int_state *s, const tile *t, int n, const float (*w)[TILE],
+INLINE void L(accumulate_tile)(bool has_min, int n_q, const int_state *s, const tile *t, int n, const float (*w)[TILE],
                                float (*min_sum)[MAX_GROUPS][TILE], float *y, int64_t y_ld)
 {
     for (int i = 0, k = 0; i < s->cols; k++) {
-        const int end = kv_min(i + group, s->cols);
+        const int end = kv_min(i + s->group, s->cols);
         float weight[4][TILE];
         for (int g = 0; g < n_q; g++)
             for (int r = 0; r < TILE; r += LANES) {
@@ -71,12 +71,11 @@ INLINE void L(accumulate_tile)(bool has_min, int group, int n_q, const int_state
     }
 }
 
-/* Constant kind of code, group (when it is a block) and query count in every copy. */
-#define BY_COUNT(fn, min, group, n, ...) switch (n) { \
-    case 1: L(fn)(min, group, 1, __VA_ARGS__); break; case 2: L(fn)(min, group, 2, __VA_ARGS__); break; \
-    case 3: L(fn)(min, group, 3, __VA_ARGS__); break; default: L(fn)(min, group, 4, __VA_ARGS__); }
-#define BY_GROUP(fn, min, n, ...) if (s->group == BLOCK) { BY_COUNT(fn, min, BLOCK, n, __VA_ARGS__) } else { BY_COUNT(fn, min, s->group, n, __VA_ARGS__) }
-#define BY_KIND(fn, n, ...) if (s->has_min) { BY_GROUP(fn, true, n, __VA_ARGS__) } else { BY_GROUP(fn, false, n, __VA_ARGS__) }
+/* Constant kind of code and query count in every copy. */
+#define BY_COUNT(fn, min, n, ...) switch (n) { \
+    case 1: L(fn)(min, 1, __VA_ARGS__); break; case 2: L(fn)(min, 2, __VA_ARGS__); break; \
+    case 3: L(fn)(min, 3, __VA_ARGS__); break; default: L(fn)(min, 4, __VA_ARGS__); }
+#define BY_KIND(fn, n, ...) if (s->has_min) { BY_COUNT(fn, true, n, __VA_ARGS__) } else { BY_COUNT(fn, false, n, __VA_ARGS__) }
 
 TARGET static void L(mat_dot)(const int_state *s, const uint8_t *rows, int n_rows, const float *x, int64_t x_ld, int n_q, float *y, int64_t y_ld)
 {
@@ -125,6 +124,6 @@ TARGET static void L(mat_accumulate)(const int_state *s, const uint8_t *rows, in
         }
 }
 #undef BY_COUNT
-#undef BY_GROUP
 #undef BY_KIND
-#undef INLINE
+
+#include "int_fixed.h"
