@@ -80,7 +80,7 @@ static size_t exact_bytes(const kv_block *b) { return (size_t)(b->n_tokens - b->
 
 int kv_block_save(const kv_block *b, const char *path, const char *about, const char *stage, int level)
 {
-    int status, n_stage;
+    int status, n_stage = KV_STAGE_RAW;
     kv_pack_writer *w = NULL;
     RETURN_ERROR_IF(!b || !path || !about || !stage, KV_E_ARG, "kv_block_save: NULL argument");
     FORWARD_IF_ERROR(kv_stage_find(stage, &n_stage));
