@@ -349,6 +349,39 @@ int  kv_session_load(kv_session **out, kv_model *m, const kv_pack *p, int max_to
 kv_plan *kv_session_plan(const kv_session *s);                    /* a new reference */
 int  kv_session_max_tokens(const kv_session *s);
 
+/* ---- nearest vectors on codes -------------------------------------------------------------------------------------- */
+
+enum { KV_METRIC_IP = 0, KV_METRIC_L2 = 1, KV_METRIC_COSINE = 2 };
+typedef struct kv_index kv_index;
+typedef struct kv_index_config {
+    const char *family, *params;           /* a codec for keys; dim over 512 is cut into equal parts, each coded by itself */
+    int         dim, page_rows, metric;
+    int         keep;                      /* originals: KV_F32, KV_F16 or -1, for re-ranking */
+    int         centre, reserved;          /* centre 1: the training rows' mean is removed before coding */
+} kv_index_config;
+typedef struct kv_index_info {
+    const char *family, *params, *metric;
+    int         dim, page_rows, keep, centre, n_parts, granule;
+    int         n_rows, n_live;            /* vectors ever added, those not removed */
+    int         fused, mapped;
+    double      vector_bytes;              /* a vector's share of a page: all but originals */
+} kv_index_info;
+/* train: f32 [n, dim] for calibrated tables and the mean; may be NULL where neither is needed. */
+int  kv_index_new(kv_index **out, const kv_index_config *cfg, const kv_tensor *train);
+/* x: f32 [n, dim], numbered *first, *first + 1, ... for good.  NaN or inf is KV_E_ARG, and nothing is added. */
+int  kv_index_add(kv_index *ix, const kv_tensor *x, int *first);
+int  kv_index_remove(kv_index *ix, const int32_t *ids, int n, int *n_removed);       /* those removed before are not counted */
+/* score f32 and ids i32, both [n_queries, k], best first: ip and cosine falling, l2 squared distances rising; equal scores by
+ * number.  Where there are fewer than k: id -1, score -inf (l2: inf).  rerank r > 0: the k best of r k by their originals. */
+int  kv_index_search(const kv_index *ix, const kv_tensor *queries, int k, int rerank, int fused, kv_tensor *score, kv_tensor *ids);
+int  kv_index_decode(const kv_index *ix, int first, int last, kv_tensor *dst);       /* f32 [last - first, dim]; with cosine of length about 1 */
+int  kv_index_bytes(const kv_index *ix, kv_bytes *out);
+int  kv_index_get_info(const kv_index *ix, kv_index_info *out);
+/* A loaded index lies in its mapped file, each page held against its checksum at its first use, and can be added to. */
+int  kv_index_save(const kv_index *ix, const char *path, const char *stage, int level);
+int  kv_index_load(kv_index **out, const char *path);
+void kv_index_free(kv_index *ix);
+
 /* ---- line editing, pull-style over libedit ----------------------------------------------------------------------- */
 
 int         kv_edit_available(void);                              /* 1 on a terminal with libedit linked in */

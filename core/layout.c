@@ -60,6 +60,14 @@ static const kv_layout_entry layout[] = {
         FIELD(kv_pack_section_info, stage) FIELD(kv_pack_section_info, version) FIELD(kv_pack_section_info, optional)
         FIELD(kv_pack_section_info, level) FIELD(kv_pack_section_info, n_pages) FIELD(kv_pack_section_info, raw_bytes)
         FIELD(kv_pack_section_info, stored_bytes)
+    STRUCT(kv_index_config) FIELD(kv_index_config, family) FIELD(kv_index_config, params) FIELD(kv_index_config, dim)
+        FIELD(kv_index_config, page_rows) FIELD(kv_index_config, metric) FIELD(kv_index_config, keep)
+        FIELD(kv_index_config, centre) FIELD(kv_index_config, reserved)
+    STRUCT(kv_index_info) FIELD(kv_index_info, family) FIELD(kv_index_info, params) FIELD(kv_index_info, metric)
+        FIELD(kv_index_info, dim) FIELD(kv_index_info, page_rows) FIELD(kv_index_info, keep) FIELD(kv_index_info, centre)
+        FIELD(kv_index_info, n_parts) FIELD(kv_index_info, granule) FIELD(kv_index_info, n_rows)
+        FIELD(kv_index_info, n_live) FIELD(kv_index_info, fused) FIELD(kv_index_info, mapped)
+        FIELD(kv_index_info, vector_bytes)
 };
 
 /* "kv_x" is a struct (offset 0), "kv_x.f" a field of it. */

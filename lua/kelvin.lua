@@ -17,7 +17,7 @@ local where = {
   sha256_file = { "kelvin.lib", "sha256_file" }, hadamard = { "kelvin.lib", "hadamard" },
   lloyd_max = { "kelvin.lib", "lloyd_max" }, device = { "kelvin.lib", "device" }, build = { "kelvin.lib", "build" },
   random = { "kelvin.lib", "random" }, container = { "kelvin.container" }, save = { "kelvin.container", "save" },
-  load = { "kelvin.container", "load" },
+  load = { "kelvin.container", "load" }, index = { "kelvin.index" },
 }
 
 --- Names that the module offers, sorted: for help and completion.

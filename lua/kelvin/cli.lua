@@ -88,6 +88,21 @@ local function parser()
   local report = p:command("report", "Make a run's tables, plots and report again from its rows.", "Example: kelvin report results/scratch/01_pareto/latest")
   report:argument("dir", "A run's folder, with rows.jsonl."):argname "DIR"
 
+  local index = p:command("index", "Nearest vectors on codes: build an index, search it, describe it.",
+    "Examples: kelvin index build words.kv --vectors words.npy --codec turboquant-4 --metric cosine; kelvin index search words.kv --queries more.npy")
+  index:argument("what", "build, search or info."):choices { "build", "search", "info" }
+  index:argument("file", "The index."):argname "FILE"
+  index:option("--vectors", "build: .fvecs, .npy, or text with a vector a line."):argname "FILE"
+  index:option("--codec", "build: a codec for keys."):default "turboquant-4":argname "CODEC"
+  index:option("--metric", "build: ip, l2 or cosine."):choices { "ip", "l2", "cosine" }:default "ip"
+  index:option("--keep", "build: originals for re-ranking: none, f16 or f32."):choices { "none", "f16", "f32" }:default "none"
+  index:option("--page", "build: vectors of a page."):convert(positive "--page"):default "256":argname "N"
+  index:option("--stage", "build: raw, zlib, lzma, rans or smallest."):choices { "raw", "zlib", "lzma", "rans", "smallest" }:default "raw"
+  index:flag("--no-mean", "build: code the vectors as they are, not less their mean.")
+  index:option("--queries", "search: vectors to look for; a line each is printed: its number, then number and score of what is near."):argname "FILE"
+  index:option("-k", "search: neighbours."):convert(positive "-k"):default "10":argname "N"
+  index:option("--rerank", "search: candidates for each neighbour, ordered by the originals."):convert(from_zero "--rerank"):default "0":argname "N"
+
   local chat = p:command("chat", "Generate text over a cache of your choice, with speed and bytes per token.",
     "Example: kelvin chat --arm k=turboquant-4,v=turboquant-3 --prompt 'Why is the sky blue?'")
   chat:argument("model", "A model's name or a .gguf file (default: " .. DEFAULT_MODEL .. ")."):args "?":argname "MODEL"
@@ -297,6 +312,7 @@ function commands.chat(a)
   a.policy = a.policy and policy_file(a.policy)
   return require("kelvin.chat").main(a, calibration)
 end
+function commands.index(a) return require("kelvin.index").main(a) end
 function commands.bench(a) return require("kelvin.bench").main(a) end
 
 function commands.cache(a)

@@ -193,6 +193,9 @@ local function made(self, side, make)
   return K.handle("kv_codec", C.kv_codec_free, function(out) return make(out, self.family, params) end)
 end
 
+--- For modules here: every parameter of a side that was given, as text.
+function Codec.__index:_params(side) return param_text(families[self.family], self.side_params[side]) end
+
 local function instance_key(self, head_dim, page_tokens, side)
   page_tokens, side = page_tokens or M.PAGE_TOKENS, side or "k"
   check.that(side_code[side], "codec '%s': side '%s' is neither k nor v", self.name, tostring(side))

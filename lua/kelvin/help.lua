@@ -24,7 +24,7 @@ end
 
 -- Everything is described even before it is used: load the modules that register text.
 local described = { "lib", "tensor", "codec", "compare", "arm", "policy", "plan", "model", "session", "calib", "eval", "experiment", "report",
-  "json", "config", "container", "log", "bench", "doctor", "repl" }
+  "json", "config", "container", "index", "log", "bench", "doctor", "repl" }
 local loaded
 local function load_all()
   if loaded then return end
