@@ -288,7 +288,7 @@ function M.fit_budget(layers, budget, o)
       for h, c in pairs(codecs) do
         local knob = c:param "bits"
         slots[#slots + 1] = { layer = l, side = side, head = h, codec = c, weight = h == 0 and model.n_kv_heads or 1,
-          wanted = knob and c:value("bits", side), min = knob and knob.min, max = knob and knob.max }
+          wanted = knob and c:value("bits", side), min = knob and (knob.min > 0 and knob.min or 1), max = knob and knob.max }
         total = total + slots[#slots].weight
       end
     end

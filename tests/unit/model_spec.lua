@@ -93,7 +93,7 @@ describe("smollm2-135m", function()
     assert.is_true(stats[1].k.mean_share > 0 and stats[1].k.mean_share < 1)
     local plan = kv.policy.resolve("turboquant-4,mean=both,page_rope=k", m, { calib = c })
     assert.is_true(plan.resolved.layers[1].page_rope)
-    assert.matches("tokens given, context=64 needs as many", H.fails(m.calibrate, m, { text = "short", context = 64 }))
+    assert.matches("tokens, one chunk of context=64 needs as many", H.fails(m.calibrate, m, { text = "short", context = 64 }))
     assert.matches("has no key bias", H.fails(kv.policy.resolve, "q4_0,mean=bias", m))
   end)
 
