@@ -100,18 +100,18 @@ doc("kv.index.clusters", [[
 function M.clusters(o)
   local n, dim, n_clusters, spread, seed = o.n, o.dim, o.clusters or 1000, o.spread or 1, o.seed or 1
   local n_queries = o.queries and o.queries.n or 1000
-  local centres = tensor.randn { n_clusters, dim, seed = seed, stream = 1 }:_data()
+  local centres = tensor.randn { n_clusters, dim, seed = seed, stream = 1 }
   local function draw(count, stream)
     local t = tensor.randn { count, dim, seed = seed, stream = stream }
-    local which = tensor.uniform({ count, seed = seed, stream = stream + 1 }):_data()
-    local d = t:_data()
+    local which = tensor.uniform { count, seed = seed, stream = stream + 1 }
+    local d, w, from = t:_data(), which:_data(), centres:_data()      -- the tensors own the memory: they stay in scope
     for i = 0, count - 1 do
-      local c = math.floor(which[i] * n_clusters) * dim
-      for j = 0, dim - 1 do d[i * dim + j] = centres[c + j] + spread * d[i * dim + j] end
+      local c = math.min(n_clusters - 1, math.floor(w[i] * n_clusters)) * dim      -- a float of (0, 1) may round to 1
+      for j = 0, dim - 1 do d[i * dim + j] = from[c + j] + spread * d[i * dim + j] end
     end
-    return t
+    return t, which
   end
-  return draw(n, 2), draw(n_queries, 4)
+  return (draw(n, 2)), (draw(n_queries, 4))
 end
 
 return M

@@ -1,11 +1,12 @@
 /* fuzz_container.c -- any bytes as a container, its checksums made right so that what lies behind them is reached: every page
- * is read, and what claims to be a block or a cache is loaded and used.
+ * is read, and what claims to be a block, a cache or an index is loaded and used.
  *
  *   make FLAVOUR=fuzz CC=clang fuzzers, then build/fuzz/bin/fuzz_container CORPUS */
 #include <math.h>
 #include <stdlib.h>
 #include "cache.h"
 #include "container_impl.h"
+#include "index.h"
 
 int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t n);
 
@@ -75,6 +76,25 @@ static void use_cache(const kv_pack *p)
     kv_cache_free(c);
 }
 
+static void use_index(const uint8_t *x, size_t n)
+{
+    kv_pack *p;
+    kv_index *ix;
+    float q[64] = { 1, -1, 0.5f }, score[4];
+    int32_t id[4];
+    int first, removed;
+    if (kv_pack_parse(&p, x, n, "fuzz") < 0 || kv_index_read(&ix, p) < 0) return;
+    if (ix->dim <= 64) {
+        const kv_tensor query = { .data = q, .dtype = KV_F32, .ndim = 2, .shape = { 1, ix->dim }, .stride = { ix->dim, 1 } };
+        kv_tensor s = { .data = score, .dtype = KV_F32, .ndim = 2, .shape = { 1, 4 }, .stride = { 4, 1 } }, ids = { .data = id, .dtype = KV_I32, .ndim = 2, .shape = { 1, 4 }, .stride = { 4, 1 } };
+        for (int round = 0; round < 2; round++) {
+            if (kv_index_search(ix, &query, 4, ix->keep >= 0 ? 2 : 0, kv_codec_fused(ix->codec[0]), &s, &ids) == KV_OK && id[0] >= 0) kv_index_remove(ix, id, 1, &removed);
+            if (kv_index_add(ix, &query, &first) < 0) break;
+        }
+    }
+    kv_index_free(ix);
+}
+
 int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t n)
 {
     kv_pack *p;
@@ -91,6 +111,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t n)
             if (kv_pack_page_bytes(p, i, k) <= 1 << 20 && kv_pack_check(p, i, k) < 0 && strchr(kv_last_error(), '\n')) abort();
     use_block(p);
     use_cache(p);
+    use_index(x, n);
     kv_pack_free(p);
     kv_free(x);
     return 0;

@@ -135,3 +135,20 @@ describe("kv.index.read", function()
     assert.matches("are no whole number of vectors", H.fails(kv.index.read, path))
   end)
 end)
+
+describe("kv.index.clusters", function()
+  it("draws every vector around one of the centres", function()
+    local x, q = kv.index.clusters { n = 400, dim = 16, clusters = 5, spread = 0.5, seed = 3, queries = { n = 7 } }
+    local centres, noise = kv.tensor.randn { 5, 16, seed = 3, stream = 1 }, kv.tensor.randn { 400, 16, seed = 3, stream = 2 }
+    for i = 1, 400 do
+      local near = false
+      for c = 1, 5 do
+        local worst = 0
+        for j = 1, 16 do worst = math.max(worst, math.abs(x:get(i, j) - centres:get(c, j) - 0.5 * noise:get(i, j))) end
+        near = near or worst < 1e-5
+      end
+      assert.is_true(near, "vector " .. i)
+    end
+    assert.are.same({ 7, 16 }, q:shape())
+  end)
+end)
