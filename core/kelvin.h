@@ -234,6 +234,10 @@ typedef struct kv_pairs { double compressed, total, tokens_compressed; } kv_pair
 int  kv_session_pairs(const kv_session *s, kv_pairs *out);
 /* The cache's rows of one layer and head as attention reads them: f32 [tok1-tok0, head_dim]. */
 int  kv_session_read(const kv_session *s, int layer, int head, int side, int tok0, int tok1, float *dst);
+/* Room for n tokens in an empty session, as if they had been fed; then rows of a layer and head, f32 [tok1-tok0, head_dim] as
+ * read gives them.  Where the slot is coded, tok0 and tok1 are multiples of its granule. */
+int  kv_session_import(kv_session *s, int n);
+int  kv_session_write(kv_session *s, int layer, int head, int side, int tok0, int tok1, const float *src);
 /* Flips every bit of one byte in about share of the bytes of compressed pages (mutation control).  Returns how many in *n. */
 int  kv_session_mutate(kv_session *s, double seed, double share, double *n);
 const char *kv_session_paths(const kv_session *s);     /* what attention did, e.g. "k: fused avx512, v: tile" */
@@ -276,6 +280,23 @@ int  kv_calib_load(kv_calib **out, kv_model *m, const char *path);
  * plan removes from this slot's rows, or NULL.  A codec that needs no tables is made without. */
 int  kv_codec_calibrate(kv_codec **out, const kv_calib *c, const char *family, const char *params, int page_tokens, int layer, int head, int side, int page_rope, const float *mean);
 void kv_calib_free(kv_calib *c);
+/* KVTC: a basis over the layers and heads of a model, for tokens that leave it in blocks (docs/codecs.md).  ratio: f16 bytes over
+ * coded bytes, before the entropy stage; layers: how many share a basis, 0: all; rank 0: as the rows allow; types 0: 0, 2, 4 or 8 bits
+ * in blocks with shift and scale, 1: 0 to 8 bits with calibrated steps, 2: 0 or 8 bits (truncation). */
+typedef struct kv_kvtc kv_kvtc;
+typedef struct kv_offload kv_offload;
+int  kv_kvtc_new(kv_kvtc **out, const kv_calib *c, double ratio_k, double ratio_v, int layers, int rank, int types);
+int  kv_kvtc_tables(const kv_kvtc *k, double *bytes, int *rank_k, int *rank_v);
+void kv_kvtc_free(kv_kvtc *k);
+/* Tokens sink .. n-window of a session in blocks of block_tokens; the first `sink` and the last ones, window at least, stay f16.
+ * stage: "raw", "zlib", "lzma", "rans" (static tables of the calibration), "smallest". */
+int  kv_offload_new(kv_offload **out, kv_kvtc *k, const kv_session *s, int sink, int window, int block_tokens, const char *stage);
+int  kv_offload_shape(const kv_offload *o, int *n_tokens, int *n_coded, int *n_blocks);
+int  kv_offload_bytes(const kv_offload *o, kv_bytes *out);               /* shared: the tables, once */
+/* Rows of one block, keys at their positions again: f32 [layers][heads][tokens][head_dim]. */
+int  kv_offload_read(const kv_offload *o, int side, int block, float *dst);
+int  kv_offload_restore(const kv_offload *o, kv_session *empty);
+void kv_offload_free(kv_offload *o);
 /* Mean of RoPE(key bias) over positions 0..n_positions-1 (a page's offsets for page-relative keys): needs no text. */
 int  kv_model_bias_mean(const kv_model *m, int layer, int head, int n_positions, float *mean);
 

@@ -104,4 +104,5 @@ const char *kv_tokenizer_name(const kv_tokenizer *t);      /* "bpe smollm", "spm
 const char *kv_tokenizer_template(const kv_tokenizer *t);  /* "chatml", "llama3", "gemma", "none" */
 void kv_tokenizer_special(const kv_tokenizer *t, int *bos, int *eos, int *add_bos);
 int  kv_tokenizer_n_vocab(const kv_tokenizer *t);
+const kv_model *kv_session_model(const kv_session *s);
 #endif

@@ -122,6 +122,7 @@ int kv_session_feed(kv_session *s, const int32_t *tokens, int n, int want_logits
 }
 
 const float *kv_session_logits(const kv_session *s) { return s && s->n_logits ? s->logits : NULL; }
+const kv_model *kv_session_model(const kv_session *s) { return s->m; }
 int kv_session_n_tokens(const kv_session *s) { return s ? kv_cache_n_tokens(s->cache) : 0; }
 
 int kv_session_truncate(kv_session *s, int n_tokens)
@@ -172,6 +173,22 @@ int kv_session_read(const kv_session *s, int layer, int head, int side, int tok0
     RETURN_ERROR_IF(side != KV_SIDE_K && side != KV_SIDE_V, KV_E_ARG, "side %d is not 0 (k) or 1 (v)", side);
     RETURN_ERROR_IF(tok0 < 0 || tok1 < tok0 || tok1 > kv_cache_n_tokens(s->cache), KV_E_ARG, "tokens %d..%d are outside 1..%d", tok0 + 1, tok1, kv_cache_n_tokens(s->cache));
     return kv_cache_read(s->cache, layer, head, side, tok0, tok1, dst);
+}
+
+int kv_session_import(kv_session *s, int n)
+{
+    RETURN_ERROR_IF(!s, KV_E_ARG, "session is NULL");
+    s->n_logits = 0;
+    return kv_cache_import(s->cache, n);
+}
+
+int kv_session_write(kv_session *s, int layer, int head, int side, int tok0, int tok1, const float *src)
+{
+    RETURN_ERROR_IF(!s || !src, KV_E_ARG, "kv_session_write: NULL argument");
+    RETURN_ERROR_IF(layer < 0 || layer >= s->m->info.n_layers, KV_E_ARG, "layer %d is outside 1..%d", layer + 1, s->m->info.n_layers);
+    RETURN_ERROR_IF(head < 0 || head >= s->m->info.n_kv_heads, KV_E_ARG, "head %d is outside 1..%d", head + 1, s->m->info.n_kv_heads);
+    RETURN_ERROR_IF(side != KV_SIDE_K && side != KV_SIDE_V, KV_E_ARG, "side %d is not 0 (k) or 1 (v)", side);
+    return kv_cache_write(s->cache, layer, head, side, tok0, tok1, src);
 }
 
 int kv_session_mutate(kv_session *s, double seed, double share, double *n)

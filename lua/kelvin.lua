@@ -9,6 +9,7 @@ local where = {
   tensor = { "kelvin.tensor" }, codec = { "kelvin.codec" }, codecs = { "kelvin.codec", "list" },
   compare = { "kelvin.compare", "compare" }, policy = { "kelvin.policy" }, fit_budget = { "kelvin.policy", "fit_budget" },
   plan = { "kelvin.plan" }, model = { "kelvin.model" }, calib = { "kelvin.calib" }, calibrate = { "kelvin.calib", "calibrate" }, eval = { "kelvin.eval" },
+  kvtc = { "kelvin.kvtc" }, offload = { "kelvin.kvtc", "offload" },
   experiment = { "kelvin.experiment" }, table = { "kelvin.experiment", "table" }, plot = { "kelvin.experiment", "plot" },
   json = { "kelvin.json" }, config = { "kelvin.config" }, log = { "kelvin.log" }, help = { "kelvin.help" },
   repl = { "kelvin.repl" }, bench = { "kelvin.bench" }, doctor = { "kelvin.doctor" },

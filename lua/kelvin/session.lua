@@ -236,6 +236,13 @@ function Session.__index:fork()
   return copy
 end
 
+--- For kelvin.kvtc: n tokens' rows have come from elsewhere.
+function Session.__index:_adopt(ids)
+  for i, id in ipairs(ids) do self.ids[i] = id end
+  self.n_logits = 0
+  return self
+end
+
 --- s:mutate(share [, seed]): flips every bit of about that share of the bytes of compressed pages; returns how many.
 function Session.__index:mutate(share, seed)
   local n = ffi.new "double[1]"
