@@ -2,15 +2,15 @@
 -- next to FAISS (flat, SQ, PQ at the same bytes) on the same vectors, in one run.
 --
 --   kelvin lua experiments/nn_search.lua [data=FILE [queries=FILE]] [n=100000] [dim=128] [metric=l2] [k=10]
---          [faiss=PYTHON] [repeats=3] [threads=1] [seed=1] [out=DIR] [name=NAME] [codecs=a,b,c]
+--          [faiss=PYTHON] [indexes=Flat,SQ8,...] [repeats=3] [threads=1] [seed=1] [out=DIR] [name=NAME] [codecs=a,b,c]
 --
 -- Without data: clusters of Gaussians.  With data and no queries the last tenth of the vectors, at most 1000, are the queries.
--- PYTHON is an interpreter that has faiss-cpu and numpy; without it only Kelvin's rows are made.
+-- indexes: FAISS's, by its factory's names (default: flat, SQ, PQ, RaBitQ at the bytes of the codecs).  PYTHON is an interpreter that has faiss-cpu and numpy; without it only Kelvin's rows are made.
 local kv = require "kelvin"
 
 local o = { n = "100000", dim = "128", metric = "l2", k = "10", repeats = "3", threads = "1", seed = "1", out = "results/scratch/nn_search",
   codecs = "f32,q8_0,q4_0,turboquant-8,turboquant-6,turboquant-4,turboquant-3,turboquant-2,turboquant-1,turboangle-n64" }
-local allowed = { data = true, queries = true, faiss = true, name = true }
+local allowed = { data = true, queries = true, faiss = true, indexes = true, name = true }
 for name in pairs(o) do allowed[name] = true end
 for _, word in ipairs(arg) do
   local name, value = word:match "^(%w+)=(.+)$"
@@ -108,7 +108,7 @@ if o.faiss then
   run(("mkdir -p '%s'"):format(folder))
   kv.index.write(folder .. "/base.fvecs", base)
   kv.index.write(folder .. "/queries.fvecs", queries)
-  local text = run(("'%s' '%s' '%s' %s %d %d %d %d"):format(o.faiss, script, folder, o.metric, k, kv.threads(), repeats, seed))
+  local text = run(("'%s' '%s' '%s' %s %d %d %d %d '%s'"):format(o.faiss, script, folder, o.metric, k, kv.threads(), repeats, seed, o.indexes or ""))
   for line in text:gmatch "[^\n]+" do
     local row = kv.json.decode(line, "faiss")
     if row.version then faiss = row.version

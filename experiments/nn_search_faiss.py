@@ -1,4 +1,4 @@
-"""FAISS's half of nn_search.lua: FOLDER METRIC K THREADS REPEATS SEED.  Reads FOLDER/base.fvecs and queries.fvecs, writes the
+"""FAISS's half of nn_search.lua: FOLDER METRIC K THREADS REPEATS SEED INDEXES.  Reads FOLDER/base.fvecs and queries.fvecs, writes the
 numbers that each index finds to FOLDER, and prints a JSON line an index.  Needs faiss-cpu and numpy."""
 import json
 import os
@@ -41,6 +41,8 @@ for m in (dim, dim // 2, dim // 4):
     if m and dim % m == 0:
         names.append(f"PQ{m}x4fs")
 names.append("RaBitQ")
+if len(sys.argv) > 7 and sys.argv[7]:
+    names = sys.argv[7].split(",")
 
 print(json.dumps({"version": faiss.__version__}))
 
