@@ -120,14 +120,6 @@ static void append_head(void *ctx, int head, int thread)
 
 /* ---- one span of one head */
 
-/* Ask for a page while the one before it is in work. */
-static void fetch_page(const kv_store *st, int u, int end, const kv_codec *codec)
-{
-    if (u >= end) return;
-    const uint8_t *const page = st->page[u / codec->page_tokens];
-    for (size_t i = 0; i < codec->page_bytes; i += 64) __builtin_prefetch(page + i, 0, 2);
-}
-
 /* scores[i*ld + p - p0] of the pages' keys from p0 = sink + u0 on; page-relative slots turn the query for each page. */
 static void score_pages(const token_job *job, int head, int u0, int u1, const float *q, float *scores, int64_t ld, float *scratch, float *queries)
 {
@@ -145,7 +137,6 @@ static void score_pages(const token_job *job, int head, int u0, int u1, const fl
         const int n = kv_min(pt, u1 - u);
         const uint8_t *page = st->page[u / pt];
         float *s = scores + (u - u0);
-        fetch_page(st, u + pt, u1, codec);
         if (turned) {
             memcpy(queries, q, sizeof(float) * (size_t)c->group * (size_t)d);
             kv_turn_rows(c->turn[job->layer], u / pt, 0, queries, d, c->group);
@@ -216,7 +207,6 @@ static void attend_span(void *ctx, int task, int thread)
         for (int p = p0; p < p1; p += pt) {
             const uint8_t *page = st->page[(p - sink) / pt];
             const int n = kv_min(pt, p1 - p);
-            fetch_page(st, p - sink + pt, p1 - sink, slot->codec);
             if (on_codes) slot->codec->ops->accumulate(slot->codec, page, n, scores + (p - a), ld, group, coded);
             else kv_tile_accumulate(slot->codec, page, n, scores + (p - a), ld, group, exact, rows);
         }

@@ -4,21 +4,9 @@
  * registers) and rows with e4m3's NaN, which only a damaged or foreign page holds. */
 #include "fp_rows.h"
 
-#define L(name) name##_avx2
-#define TARGET KV_AVX2
-#define LANES 8
-#include "fp_rows_level.h"
-#undef L
-#undef TARGET
-#undef LANES
-
-#define L(name) name##_avx512
-#define TARGET KV_AVX512
-#define LANES 16
-#include "fp_rows_level.h"
-#undef L
-#undef TARGET
-#undef LANES
+#define LEVEL_FILE "codecs/fp_rows_level.h"
+#include "../levels.h"
+#undef LEVEL_FILE
 
 /* The level for these rows. */
 static int level_for(const fp_rows *r, const uint8_t *rows, int n_rows)

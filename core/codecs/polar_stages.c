@@ -6,29 +6,11 @@
 
 /* ---- SIMD levels */
 
-#define L(name) name##_c
-#define TARGET
-#define LANES 4
-#include "polar_level.h"
-#undef L
-#undef TARGET
-#undef LANES
-
-#define L(name) name##_avx2
-#define TARGET KV_AVX2
-#define LANES 8
-#include "polar_level.h"
-#undef L
-#undef TARGET
-#undef LANES
-
-#define L(name) name##_avx512
-#define TARGET KV_AVX512
-#define LANES 16
-#include "polar_level.h"
-#undef L
-#undef TARGET
-#undef LANES
+#define LEVEL_C
+#define LEVEL_FILE "codecs/polar_level.h"
+#include "../levels.h"
+#undef LEVEL_FILE
+#undef LEVEL_C
 
 const polar_level *polar_at_level(void)
 {
