@@ -5,7 +5,8 @@
 --          [faiss=PYTHON] [indexes=Flat,SQ8,...] [repeats=3] [threads=1] [seed=1] [out=DIR] [name=NAME] [codecs=a,b,c]
 --
 -- Without data: clusters of Gaussians.  With data and no queries the last tenth of the vectors, at most 1000, are the queries.
--- indexes: FAISS's, by its factory's names (default: flat, SQ, PQ, RaBitQ at the bytes of the codecs).  PYTHON is an interpreter that has faiss-cpu and numpy; without it only Kelvin's rows are made.
+-- indexes: FAISS's, by its factory's names (default: flat, SQ, PQ, RaBitQ at the bytes of the codecs).  PYTHON is an
+-- interpreter that has faiss-cpu and numpy; without it only Kelvin's rows are made.
 local kv = require "kelvin"
 
 local o = { n = "100000", dim = "128", metric = "l2", k = "10", repeats = "3", threads = "1", seed = "1", out = "results/scratch/nn_search",
@@ -14,7 +15,7 @@ local allowed = { data = true, queries = true, faiss = true, indexes = true, nam
 for name in pairs(o) do allowed[name] = true end
 for _, word in ipairs(arg) do
   local name, value = word:match "^(%w+)=(.+)$"
-  if not allowed[name or ""] then error(("nn_search: '%s' is no option of this experiment, or lacks its value"):format(word), 0) end
+  if not allowed[name or ""] then error(("nn_search: '%s' is no option, or lacks its value; kelvin lua experiments/nn_search.lua [n=100000] [dim=128] ..."):format(word), 0) end
   o[name] = value
 end
 local function number(name) return tonumber(o[name]) or error(("nn_search: %s=%s is not a number"):format(name, o[name]), 0) end

@@ -148,7 +148,8 @@ local function parser()
     "Example: kelvin eval smollm2-135m --text book.txt --context 512 --chunks 30 --arm q4_0 --arm k=turboquant-4,v=turboquant-3,mean=both --calib other.txt")
   eval:argument("model", "A model's name or a .gguf file."):argname "MODEL"
   eval:option("--text", "Text file to score."):argname "FILE":count "1"
-  eval:option("--arm", "Cache setting, or policy=NAME:PARAM=VALUE; again for more."):argname "ARM":count "+"
+  eval:option("--arm", "Cache setting, or policy=NAME:PARAM=VALUE; again for more."):argname "ARM":count "*"
+  eval:option("--policy", "A Lua file that returns kv.policy{...}, as an arm; again for more."):argname "FILE":count "*"
   eval:option("--context", "Tokens of a chunk."):convert(positive "--context"):default "512":argname "N"
   eval:option("--chunks", "Chunks at most."):convert(positive "--chunks"):default "30":argname "N"
   eval:option("--score", "second-half or all."):convert(one_of("--score", "second-half", "all")):default "second-half"
@@ -212,7 +213,7 @@ local function calibration(model, o)
   else
     local needs
     for _, arm in ipairs(o.arms or {}) do
-      local parsed = require("kelvin.arm").parse(arm)
+      local parsed = type(arm) == "string" and require("kelvin.arm").parse(arm) or {}     -- a policy asks with --calib
       local needed = parsed.mean == "both" or parsed.mean == "k" or parsed.mean == "v"
       for _, side in ipairs { parsed.k, parsed.v } do needed = needed or require("kelvin.codec").new(unpack_spec(side)).needs_calibration end
       if needed then needs = needs or arm end
@@ -235,7 +236,9 @@ function commands.eval(a)
   local json = require "kelvin.json"
   local model = require("kelvin.model").open(a.model)
   local text = read_file(a.text, "--text")
+  check.that(#a.arm + #a.policy > 0, "eval: no arm to measure: --arm ARM or --policy FILE is needed")
   for _, arm in ipairs(a.arm) do require("kelvin.arm").parse(arm) end
+  for _, path in ipairs(a.policy) do a.arm[#a.arm + 1] = policy_file(path) end
   local out
   if a.rows then
     local err
