@@ -25,7 +25,6 @@ describe("the program", function()
   it("answers what cannot be done in one line, with status 1", function()
     for args, want in pairs {
       ["codecs nosuch-codec-at-all"] = "^kelvin: codec 'nosuch%-codec%-at%-all' is unknown; known: [^\n]*\n$",
-      ["eval m --text t"] = "^kelvin: eval: no arm to measure: [^\n]*\n$",
       ["models /no/such.gguf"] = "^kelvin: model '/no/such.gguf': no such file\n$",
       ["chat /no/such.gguf"] = "^kelvin: model '/no/such.gguf': no such file\n$",
       ["eval no-such-model --text t --arm q4_0"] = "^kelvin: model 'no%-such%-model' is unknown[^\n]*\n$",
