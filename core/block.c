@@ -6,6 +6,7 @@
  * One page buffer and one tail buffer a block, so that the ledger is the allocation: what the last page has no tokens for
  * is slack, what alignment adds is padding. */
 #include <math.h>
+#include "vecmath.h"
 #include "block.h"
 
 static inline uint8_t *page_at(const kv_block *b, int head, int page)
@@ -30,15 +31,19 @@ static int check_view(const kv_tensor *t, const char *what, int n0, int n1, int 
     return KV_OK;
 }
 static inline float *at(const kv_tensor *t, int i, int j) { return (float *)t->data + i * t->stride[0] + j * t->stride[1]; }
+/* Rows without gaps: read and written where they are. */
+static inline bool dense_rows(const kv_tensor *t) { return t->stride[2] == 1; }
 static void gather(const kv_tensor *t, int i, int j, float *row)
 {
     const float *x = at(t, i, j);
-    for (int k = 0; k < t->shape[2]; k++) row[k] = x[k * t->stride[2]];
+    if (dense_rows(t)) memcpy(row, x, (size_t)t->shape[2] * sizeof *row);
+    else for (int k = 0; k < t->shape[2]; k++) row[k] = x[k * t->stride[2]];
 }
 static void scatter(const kv_tensor *t, int i, int j, const float *row)
 {
     float *x = at(t, i, j);
-    for (int k = 0; k < t->shape[2]; k++) x[k * t->stride[2]] = row[k];
+    if (dense_rows(t)) memcpy(x, row, (size_t)t->shape[2] * sizeof *row);
+    else for (int k = 0; k < t->shape[2]; k++) x[k * t->stride[2]] = row[k];
 }
 
 static int check_finite(const kv_tensor *t, const char *what)
@@ -46,6 +51,7 @@ static int check_finite(const kv_tensor *t, const char *what)
     for (int h = 0; h < t->shape[0]; h++)
         for (int j = 0; j < t->shape[1]; j++) {
             const float *x = at(t, h, j);
+            if (dense_rows(t) && kv_vec_abs_bits(x, t->shape[2]) < 0x7f800000) continue;
             for (int i = 0; i < t->shape[2]; i++)
                 RETURN_ERROR_IF(!isfinite(x[i * t->stride[2]]), KV_E_ARG, "%s: head %d, token %d, channel %d is %s, not a finite number",
                                 what, h, j, i, isnan(x[i * t->stride[2]]) ? "nan" : "inf");
@@ -63,6 +69,10 @@ static void encode_head(void *ctx, int head, int thread)
     float *tile = job->scratch + (size_t)thread * c->page_tokens * c->head_dim;
     for (int p = 0; p < b->n_pages; p++) {
         const int n = page_fill(b, p);
+        if (dense_rows(job->src)) {
+            c->ops->encode(c, page_at(b, head, p), 0, n, at(job->src, head, p * c->page_tokens), job->src->stride[1]);
+            continue;
+        }
         for (int t = 0; t < n; t++) gather(job->src, head, p * c->page_tokens + t, tile + (size_t)t * c->head_dim);
         c->ops->encode(c, page_at(b, head, p), 0, n, tile, c->head_dim);
     }
@@ -147,6 +157,11 @@ int kv_block_decode(const kv_block *b, int tok0, int tok1, kv_tensor *dst)
     for (int h = 0; h < b->n_heads; h++)
         for (int t = tok0, end; t < tok1; t = end) {
             end = run_end(b, t, tok1);
+            if (dense_rows(dst) && t < b->n_coded) {
+                const kv_codec *c = b->codec;
+                c->ops->decode(c, page_at(b, h, t / c->page_tokens), t % c->page_tokens, end - t, at(dst, h, t - tok0), dst->stride[1]);
+                continue;
+            }
             decode_rows(b, h, t, end, tile);
             for (int i = t; i < end; i++) scatter(dst, h, i - tok0, tile + (size_t)(i - t) * b->codec->head_dim);
         }

@@ -38,10 +38,11 @@ end
 
 doc("kv.bench", [[
   kv.bench.decode{ model =, arms = { "f16", "turboquant-4" }, depths = { 0, 4096 }, repeats = 5, tokens = 16, calib = } -> rows
-  kv.bench.codecs{ names =, dim = 64 } -> rows;  kv.bench.eval{ model = } -> row
+  kv.bench.codecs{ names =, dims = { 64 }, queries = 4, repeats = 5, ggml = } -> rows;  kv.bench.eval{ model = } -> row
   What `kelvin bench` prints.  decode: tokens/s at a depth, bytes of the cache, floor_us (weights and cache once over the
-  measured read bandwidth) and share (floor / time).  codecs: GB/s of f32 source per thread for encode, decode, dot and
-  accumulate (tiles: by decoding to f32 first), and memcpy's.  eval: tokens/s and the share of the measured f32 sgemm rate.]])
+  measured read bandwidth) and share (floor / time).  codecs: every preset; GB/s of f32 source and of stored bytes on one
+  thread for encode, decode, dot and accumulate, memcpy's, and whether attention on codes beats decoding a page to f32
+  first; ggml: a folder of its libraries, timed in the same run.  eval: tokens/s and the share of the f32 sgemm rate.]])
 function M.decode(o)
   local model = type(o.model) == "string" and require("kelvin.model").open(o.model) or o.model
   local policies = require "kelvin.policy"
@@ -95,75 +96,8 @@ function M.decode(o)
   end })
 end
 
---- Seconds of one call, median over repeats that fill about `budget` seconds.
-local function time(f, budget)
-  f()
-  local times, t0 = {}, C.kv_now()
-  repeat
-    local t = C.kv_now()
-    f()
-    times[#times + 1] = C.kv_now() - t
-  until C.kv_now() - t0 > budget or #times >= 200
-  return (M.median(times))
-end
-
-function M.codecs(o)
-  local codec, tensor = require "kelvin.codec", require "kelvin.tensor"
-  local dim, tokens, heads, queries = o.dim or 64, 4096, 4, 4
-  local names = o.names or { "f16", "q8_0", "q4_0", "kivi-4", "kivi-2", "turboquant-2", "turboquant-3", "turboquant-4" }
-  for _, name in ipairs(names) do codec.new(name):info_for(dim) end      -- a wrong name or dim before any work
-  local threads = lib.threads()
-  lib.threads(1)
-  local x = tensor.randn { heads, tokens, dim, seed = 3 }
-  local q, p = tensor.randn { heads, queries, dim, seed = 4 }, tensor.uniform { heads, queries, tokens, seed = 5 }
-  local source = 4 * heads * tokens * dim
-  local memcpy = M.memcpy_bandwidth(1)
-  local rows = {}
-  local ok, err = pcall(function()
-    for _, name in ipairs(names) do
-      log.progress(#rows / #names, name)
-      local spec, params = require("kelvin.arm").spec(name), {}
-      for key, value in pairs(spec) do if key ~= 1 then params[key] = value end end
-      local c = codec.new(spec[1], params)
-      if c.has_tables then c = c:calibrated(x, { side = "k" }):calibrated(x, { side = "v" }) end
-      local fused = c:info_for(dim).fused
-      local k, v = c:encode(x, { side = "k" }), c:encode(x, { side = "v" })
-      local codes = k:bytes().total
-      local out = tensor.zeros { heads, tokens, dim }
-      local scores, acc = tensor.zeros { heads, queries, tokens }, tensor.zeros { heads, queries, dim }
-      local flag = fused and 1 or 0
-      local t = {
-        encode = time(function() c:encode(x, { side = "k" }) end, .15),
-        decode = time(function() check(C.kv_block_decode(k._b, 0, tokens, out:_view())) end, .1),
-        dot = time(function() check(C.kv_block_dot(k._b, q:_view(), flag, scores:_view())) end, .1),
-        accumulate = time(function() check(C.kv_block_accumulate(v._b, p:_view(), flag, acc:_view())) end, .1),
-        dot_tiles = time(function() check(C.kv_block_dot(k._b, q:_view(), 0, scores:_view())) end, .1),
-        accumulate_tiles = time(function() check(C.kv_block_accumulate(v._b, p:_view(), 0, acc:_view())) end, .1),
-      }
-      local row = { codec = name, dim = dim, fused = fused, threads = 1, queries = queries, memcpy_gb_s = memcpy, bits = k:bytes().bits }
-      for what, s in pairs(t) do
-        row[what .. "_gb_s"] = source / s / 1e9            -- f32 source read (encode) or stood for
-        row[what .. "_codes_gb_s"] = codes / s / 1e9       -- stored bytes
-      end
-      rows[#rows + 1] = row
-      if C.kv_interrupted() == 1 then check.fail("interrupted") end
-    end
-  end)
-  lib.threads(threads)
-  log.clear()
-  if not ok then error(err, 0) end
-  return setmetatable(rows, { __tostring = function(t)
-    local lines = { { "codec", "bits", "encode", "decode", "dot", "accumulate", "dot tiles", "acc tiles", "dot codes", "acc codes", "path" } }
-    local function f(v) return ("%.2f"):format(v) end
-    for _, r in ipairs(t) do
-      lines[#lines + 1] = { r.codec, f(r.bits), f(r.encode_gb_s), f(r.decode_gb_s), f(r.dot_gb_s), f(r.accumulate_gb_s),
-        f(r.dot_tiles_gb_s), f(r.accumulate_tiles_gb_s), f(r.dot_codes_gb_s), f(r.accumulate_codes_gb_s), r.fused and "fused" or "tiles" }
-    end
-    return ("GB/s of one thread, d=%d, %d queries a head: f32 source that the codes stand for; "
-      .. "'tiles' decodes to f32 first; 'codes' is stored bytes; memcpy %.1f GB/s (read + written)\n"):format(dim, queries, memcpy)
-      .. require("kelvin.evaltext").aligned(lines)
-  end })
-end
+--- codecs{...}: see kelvin.bench_codecs.
+function M.codecs(o) return require("kelvin.bench_codecs").run(o) end
 
 function M.eval(o)
   local model = type(o.model) == "string" and require("kelvin.model").open(o.model) or o.model
@@ -200,7 +134,14 @@ function M.main(a)
     end
     local model = require("kelvin.model").open(a.model)
     result = M.decode { model = model, calib = a.artifact and model:calibrate { artifact = a.artifact }, arms = arms, depths = depths, repeats = a.repeats, tokens = a.tokens }
-  elseif a.what == "codecs" then result = M.codecs { names = arms, dim = a.dim }
+  elseif a.what == "codecs" then
+    local dims = {}
+    for d in a.dim:gmatch "[^,]+" do
+      local n = tonumber(d)
+      check.that(n and n >= 1 and n % 1 == 0, "bench: dim '%s' is not a whole number from 1", d)
+      dims[#dims + 1] = n
+    end
+    result = M.codecs { names = arms, dims = dims, queries = a.queries, repeats = a.repeats, ggml = a.ggml, rows = a.rows }
   else result = M.eval { model = a.model, arms = arms } end
   if a.format == "json" then
     local json = require "kelvin.json"

@@ -128,7 +128,10 @@ local function parser()
   bench:option("--repeats", "Interleaved repeats; medians are shown."):convert(positive "--repeats"):default "5":argname "N"
   bench:option("--tokens", "Tokens a repeat."):convert(positive "--tokens"):default "16":argname "N"
   bench:option("--artifact", "Calibration of `kelvin calibrate`, for calibrated codecs in decode."):argname "FILE"
-  bench:option("--dim", "head_dim, for codecs."):convert(positive "--dim"):default "64":argname "N"
+  bench:option("--dim", "head_dims, for codecs."):default "64":argname "N,N"
+  bench:option("--queries", "Query heads of a K/V head, for codecs."):convert(positive "--queries"):default "4":argname "N"
+  bench:option("--ggml", "Folder of libggml-base.so and libggml-cpu.so, timed in the same run, for codecs."):argname "DIR"
+  bench:option("--rows", "Write rows as JSON lines, for codecs."):argname "FILE"
   bench:option("--format", "table or json."):convert(one_of("--format", "table", "json")):default "table"
 
   local calibrate = p:command("calibrate", "Collect what calibrated codecs and means are made from, into one artifact; check arms on held-out text.",

@@ -134,4 +134,22 @@ describe("kv.codec.parse_arm", function()
     assert.matches("bits=12 is outside 1..8", H.fails(parse, "int:bits=12"))
     assert.matches("comes after a codec", H.fails(parse, "q4_0,q8_0"))
   end)
+
+  it("is measured beside memcpy by `kelvin bench codecs`, every preset once", function()
+    local bench, seen = require "kelvin.bench_codecs", {}
+    for _, name in ipairs(bench.names()) do
+      assert.is_nil(seen[name])
+      seen[name] = true
+    end
+    assert.is_true(seen["q4_0"] and seen["turboquant-4"] and seen["turboangle"] and seen["wf-4"] and not seen["canary"] and not seen["turboangle-k8v4log"])
+    local rows = bench.run { names = { "q8_0", "turboquant-2" }, dims = { 64 }, repeats = 1 }
+    assert.are.equal(2, #rows)
+    for _, row in ipairs(rows) do
+      for _, what in ipairs { "encode", "decode", "dot", "accumulate", "dot_decoded", "accumulate_decoded" } do
+        H.close(row[what .. "_codes_gb_s"] / row[what .. "_gb_s"], row.bits_k / 32, 1e-9, row.codec .. " " .. what)
+      end
+      assert.is_true(row.memcpy_gb_s > 0 and row.fused)
+    end
+    assert.matches("| q8_0 | 64 | 8.50 |", tostring(rows), 1, true)
+  end)
 end)

@@ -1,0 +1,245 @@
+--- kelvin.bench_codecs: what a codec does with a core's second, beside memcpy, beside ggml, and against itself.
+--
+-- A codec is made for keys and for values.  `encode` and `decode` are of keys; `dot` are scores of the keys and
+-- `accumulate` weighted sums of the values, on codes.  The same two by decoding a page to f32 first say whether attention
+-- on codes is worth having.  Every repeat times all of them once, so that a slow moment of a shared machine hits all;
+-- medians are shown.
+
+local K = require "kelvin.ffi"
+local C, ffi = K.C, K.ffi
+local check = require "kelvin.check"
+local lib = require "kelvin.lib"
+local log = require "kelvin.log"
+local manifest = require "kelvin.manifest"
+
+local M = {}
+
+local HEADS, TOKENS = 4, 4096
+local SAMPLE = 2e-3          -- seconds that one timing lasts at least: calls are repeated to fill it
+
+--- Median seconds of one call of each operation.
+local function clock(ops, repeats)
+  local median = require("kelvin.bench").median
+  local calls, times, out = {}, {}, {}
+  for name, f in pairs(ops) do
+    f()
+    local t = C.kv_now()
+    f()
+    calls[name], times[name] = math.max(1, math.min(1000, math.ceil(SAMPLE / (C.kv_now() - t)))), {}
+  end
+  for r = 1, repeats do
+    for name, f in pairs(ops) do
+      local t = C.kv_now()
+      for _ = 1, calls[name] do f() end
+      times[name][r] = (C.kv_now() - t) / calls[name]
+    end
+  end
+  for name, list in pairs(times) do out[name] = median(list) end
+  return out
+end
+
+--- Source tensors of a head_dim, and memcpy of as many bytes as the source has.
+local function data(dim, queries)
+  local tensor = require "kelvin.tensor"
+  local x = tensor.randn { HEADS, TOKENS, dim, seed = 3 }
+  local rate = ffi.new "double[1]"
+  local bytes = 4 * HEADS * TOKENS * dim
+  check(C.kv_bench_memcpy(math.max(1, bytes / 2 ^ 20), 1, rate))
+  return { dim = dim, queries = queries, x = x, q = tensor.randn { HEADS, queries, dim, seed = 4 }, p = tensor.uniform { HEADS, queries, TOKENS, seed = 5 },
+    out = tensor.zeros { HEADS, TOKENS, dim }, scores = tensor.zeros { HEADS, queries, TOKENS }, acc = tensor.zeros { HEADS, queries, dim },
+    bytes = bytes, memcpy = rate[0], copy_s = 2 * bytes / (rate[0] * 1e9) }
+end
+
+--- A row: GB/s of source and of codes of each operation, from its seconds.
+local function row_of(d, name, family, fused, seconds, k_bytes, v_bytes)
+  local row = { codec = name, family = family, dim = d.dim, fused = fused, queries = d.queries, threads = 1, memcpy_gb_s = d.memcpy,
+    bits_k = 8 * k_bytes / (HEADS * TOKENS * d.dim), bits_v = 8 * v_bytes / (HEADS * TOKENS * d.dim) }
+  for what, s in pairs(seconds) do
+    row[what .. "_ns_per_token"] = 1e9 * s / (HEADS * TOKENS)
+    row[what .. "_gb_s"] = d.bytes / s / 1e9
+    row[what .. "_codes_gb_s"] = (what:find "^accumulate" and v_bytes or k_bytes) / s / 1e9
+  end
+  row.encode_of_memcpy, row.decode_of_memcpy = d.copy_s / seconds.encode, d.copy_s / seconds.decode
+  if seconds.dot_decoded then
+    row.dot_gain, row.accumulate_gain = seconds.dot_decoded / seconds.dot, seconds.accumulate_decoded / seconds.accumulate
+    row.attention_gain = (seconds.dot_decoded + seconds.accumulate_decoded) / (seconds.dot + seconds.accumulate)
+    row.faster = not fused and "no codes" or row.dot_gain < 1 and "decoding (dot)" or row.accumulate_gain < 1 and "decoding (acc)" or "codes"
+  end
+  return row
+end
+
+--- One codec on the data of a head_dim.
+function M.measure(name, d, repeats)
+  local codec = require "kelvin.codec"
+  local spec, params = require("kelvin.arm").spec(name), {}
+  for key, value in pairs(spec) do if key ~= 1 then params[key] = value end end
+  local c = codec.new(spec[1], params)
+  if c.has_tables then c = c:calibrated(d.x, { side = "k" }):calibrated(d.x, { side = "v" }) end
+  local fused = c:info_for(d.dim).fused
+  local k, v = c:encode(d.x, { side = "k" }), c:encode(d.x, { side = "v" })
+  local x, q, p, out, scores, acc = d.x:_view(), d.q:_view(), d.p:_view(), d.out:_view(), d.scores:_view(), d.acc:_view()
+  local instance, block, flag = c:_instance(d.dim, nil, "k"), ffi.new "kv_block*[1]", fused and 1 or 0
+  local seconds = clock({
+    encode = function()
+      check(C.kv_block_encode(block, instance, x))
+      C.kv_block_free(block[0])
+    end,
+    decode = function() check(C.kv_block_decode(k._b, 0, TOKENS, out)) end,
+    dot = function() check(C.kv_block_dot(k._b, q, flag, scores)) end,
+    accumulate = function() check(C.kv_block_accumulate(v._b, p, flag, acc)) end,
+    dot_decoded = function() check(C.kv_block_dot(k._b, q, 0, scores)) end,
+    accumulate_decoded = function() check(C.kv_block_accumulate(v._b, p, 0, acc)) end,
+  }, repeats)
+  return row_of(d, name, c.family, fused, seconds, k:bytes().total, v:bytes().total)
+end
+
+-- ---- ggml: its own quantization, dequantization and dot products of rows, from its shared libraries
+
+local ggml_declared
+local function ggml_load(dir)
+  if not ggml_declared then
+    ffi.cdef [[
+      void ggml_cpu_init(void);
+      void quantize_row_q8_0(const float *x, void *y, int64_t k);
+      void quantize_row_q4_0(const float *x, void *y, int64_t k);
+      void dequantize_row_q8_0(const void *x, float *y, int64_t k);
+      void dequantize_row_q4_0(const void *x, float *y, int64_t k);
+      void ggml_vec_dot_q8_0_q8_0(int n, float *s, size_t bs, const void *x, size_t bx, const void *y, size_t by, int nrc);
+      void ggml_vec_dot_q4_0_q8_0(int n, float *s, size_t bs, const void *x, size_t bx, const void *y, size_t by, int nrc);
+    ]]
+    ggml_declared = true
+  end
+  local function open(name, global)
+    local ok, library = pcall(ffi.load, dir .. "/" .. name, global)
+    check.that(ok, "bench: --ggml %s: %s", dir, tostring(library):match "[^\n]*")
+    return library
+  end
+  local base = open("libggml-base.so", true)
+  local cpu = open("libggml-cpu.so", true)
+  cpu.ggml_cpu_init()
+  return base, cpu
+end
+
+--- Rows as a cache of ggml holds them, one after the other.  accumulate: a page's rows dequantized, then our f32 sum, which
+-- is kinder than its own: that dequantizes again for every query.
+local function measure_ggml(name, d, base, cpu, repeats)
+  local block_bytes = name == "q8_0" and 34 or 18
+  local row_bytes = d.dim / 32 * block_bytes
+  local n_rows, n, total = HEADS * TOKENS, HEADS * TOKENS * d.dim, HEADS * TOKENS * row_bytes
+  local codes, rows = ffi.new("uint8_t[?]", total), ffi.cast("float*", d.out:_view().data)
+  local x, q, scores = ffi.cast("float*", d.x:_view().data), ffi.cast("float*", d.q:_view().data), ffi.cast("float*", d.scores:_view().data)
+  local quantize, dequantize = cpu["quantize_row_" .. name], base["dequantize_row_" .. name]
+  local product = cpu["ggml_vec_dot_" .. name .. "_q8_0"]
+  local f32 = require("kelvin.codec").new("f32"):encode(d.x, { side = "v" })
+  local p, acc, q_bytes = d.p:_view(), d.acc:_view(), d.dim / 32 * 34
+  local prepared = ffi.new("uint8_t[?]", HEADS * d.queries * q_bytes)
+  local function dot()
+    cpu.quantize_row_q8_0(q, prepared, HEADS * d.queries * d.dim)
+    for h = 0, HEADS - 1 do
+      for g = 0, d.queries - 1 do
+        local to, from, query = scores + (h * d.queries + g) * TOKENS, codes + h * TOKENS * row_bytes, prepared + (h * d.queries + g) * q_bytes
+        for t = 0, TOKENS - 1 do product(d.dim, to + t, 0, from + t * row_bytes, 0, query, 0, 1) end
+      end
+    end
+  end
+  local seconds = clock({
+    encode = function() quantize(x, codes, n) end,
+    decode = function() dequantize(codes, rows, n) end,
+    dot = dot,
+    accumulate = function()
+      for at = 0, n_rows - 1, 64 do dequantize(codes + at * row_bytes, rows, 64 * d.dim) end
+      check(C.kv_block_accumulate(f32._b, p, 1, acc))
+    end,
+  }, repeats)
+  return row_of(d, "ggml " .. name, "ggml", false, seconds, total, total)
+end
+
+-- ---- all of them
+
+--- Every preset once, and every family that has none; deliberately broken codecs are left out.
+function M.names()
+  local codec = require "kelvin.codec"
+  local has_preset, names = {}, {}
+  for _, name in ipairs(codec.names()) do
+    local c = codec.new(name)
+    if c.preset then has_preset[c.family] = true end
+  end
+  for _, name in ipairs(codec.names()) do
+    local c = codec.new(name)
+    if (c.preset and c.preset.name == name or not c.preset and not has_preset[c.family]) and not c.control then names[#names + 1] = name end
+  end
+  return names
+end
+
+local columns = { { "codec" }, { "d" }, { "bits", "bits_k" }, { "encode", "encode_gb_s" }, { "of memcpy", "encode_of_memcpy" }, { "decode", "decode_gb_s" },
+  { "dot", "dot_gb_s" }, { "acc", "accumulate_gb_s" }, { "encode codes", "encode_codes_gb_s" }, { "decode codes", "decode_codes_gb_s" }, { "dot codes", "dot_codes_gb_s" },
+  { "acc codes", "accumulate_codes_gb_s" }, { "dot gain", "dot_gain" }, { "acc gain", "accumulate_gain" }, { "faster" } }
+
+--- The rows as a Markdown table.
+function M.table(rows)
+  local head, rule = {}, {}
+  for i, c in ipairs(columns) do head[i], rule[i] = c[1], "---" end
+  local lines = { "| " .. table.concat(head, " | ") .. " |", "| " .. table.concat(rule, " | ") .. " |" }
+  for _, r in ipairs(rows) do
+    local cells = {}
+    for i, c in ipairs(columns) do
+      local v = r[c[2] or c[1]]
+      if c[1] == "d" then v = r.dim end
+      cells[i] = v == nil and "-" or type(v) == "number" and (c[1] == "d" and "%d" or "%.2f"):format(v) or tostring(v)
+    end
+    lines[#lines + 1] = "| " .. table.concat(cells, " | ") .. " |"
+  end
+  return table.concat(lines, "\n")
+end
+
+function M.run(o)
+  local codec = require "kelvin.codec"
+  local dims, queries, repeats, names = o.dims or { 64 }, o.queries or 4, o.repeats or 5, o.names or M.names()
+  check.that(queries <= 64, "bench: queries=%d is outside 1..64", queries)
+  for _, dim in ipairs(dims) do
+    for _, name in ipairs(names) do codec.new(require("kelvin.arm").spec(name)[1]):info_for(dim) end      -- a wrong name or dim before any work
+    check.that(not o.ggml or dim % 32 == 0, "bench: --ggml needs a head_dim that is a multiple of 32, %d is not", dim)
+  end
+  local base, cpu
+  if o.ggml then base, cpu = ggml_load(o.ggml) end
+  local out, why
+  if o.rows then
+    out, why = io.open(o.rows, "wb")
+    check.that(out, "--rows: %s", why)
+  end
+  local results, json = require "kelvin.results", require "kelvin.json"
+  local threads = lib.threads()
+  lib.threads(1)
+  local rows = {}
+  local function add(row)
+    rows[#rows + 1] = row
+    if out then check.that(out:write(json.encode(row), "\n") and out:flush(), "--rows: cannot write %s", o.rows) end
+    if C.kv_interrupted() == 1 then check.fail("interrupted") end
+  end
+  local ok, err = pcall(function()
+    for i, dim in ipairs(dims) do
+      local d = data(dim, queries)
+      if o.ggml then for _, name in ipairs { "q8_0", "q4_0" } do add(measure_ggml(name, d, base, cpu, repeats)) end end
+      for j, name in ipairs(names) do
+        log.progress((i - 1 + j / #names) / #dims, name .. " " .. dim)
+        add(M.measure(name, d, repeats))
+      end
+    end
+  end)
+  lib.threads(threads)
+  log.clear()
+  if out then out:close() end
+  if not ok then error(err, 0) end
+  if o.rows then
+    local folder = o.rows:match "^(.*)/[^/]*$" or "."
+    results.write(folder .. "/run.json", json.encode({ what = "bench codecs", dims = dims, queries = queries, repeats = repeats, heads = HEADS, tokens = TOKENS,
+      page_tokens = codec.PAGE_TOKENS, ggml = o.ggml and { base = lib.sha256_file(o.ggml .. "/libggml-base.so"), cpu = lib.sha256_file(o.ggml .. "/libggml-cpu.so") } or nil,
+      code = manifest.code(), git = manifest.git(K.folder .. "/../.."), host = manifest.host() }, "  ") .. "\n")
+  end
+  return setmetatable(rows, { __tostring = function(t)
+    return ("GB/s of one thread, %d queries a K/V head: f32 source that the codes stand for, then stored bytes ('codes'); memcpy %.1f GB/s (read + written)\n"
+      .. "gain: time of decoding a page to f32 first over time on codes\n"):format(queries, t[1].memcpy_gb_s) .. M.table(t)
+  end })
+end
+
+return M
