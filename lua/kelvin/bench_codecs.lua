@@ -14,7 +14,7 @@ local manifest = require "kelvin.manifest"
 
 local M = {}
 
-local HEADS, TOKENS = 4, 4096
+local HEADS, ELEMENTS = 4, 2 ^ 20      -- of source, 4 MB: more than a second-level cache holds
 local SAMPLE = 2e-3          -- seconds that one timing lasts at least: calls are repeated to fill it
 
 --- Median seconds of one call of each operation.
@@ -41,21 +41,23 @@ end
 --- Source tensors of a head_dim, and memcpy of as many bytes as the source has.
 local function data(dim, queries)
   local tensor = require "kelvin.tensor"
-  local x = tensor.randn { HEADS, TOKENS, dim, seed = 3 }
+  local tokens = math.max(64, math.floor(ELEMENTS / HEADS / dim / 64) * 64)
+  local x = tensor.randn { HEADS, tokens, dim, seed = 3 }
   local rate = ffi.new "double[1]"
-  local bytes = 4 * HEADS * TOKENS * dim
+  local bytes = 4 * HEADS * tokens * dim
   check(C.kv_bench_memcpy(math.max(1, bytes / 2 ^ 20), 1, rate))
-  return { dim = dim, queries = queries, x = x, q = tensor.randn { HEADS, queries, dim, seed = 4 }, p = tensor.uniform { HEADS, queries, TOKENS, seed = 5 },
-    out = tensor.zeros { HEADS, TOKENS, dim }, scores = tensor.zeros { HEADS, queries, TOKENS }, acc = tensor.zeros { HEADS, queries, dim },
+  return { dim = dim, tokens = tokens, queries = queries, x = x, q = tensor.randn { HEADS, queries, dim, seed = 4 }, p = tensor.uniform { HEADS, queries, tokens, seed = 5 },
+    out = tensor.zeros { HEADS, tokens, dim }, scores = tensor.zeros { HEADS, queries, tokens }, acc = tensor.zeros { HEADS, queries, dim },
     bytes = bytes, memcpy = rate[0], copy_s = 2 * bytes / (rate[0] * 1e9) }
 end
 
 --- A row: GB/s of source and of codes of each operation, from its seconds.
 local function row_of(d, name, family, fused, seconds, k_bytes, v_bytes)
-  local row = { codec = name, family = family, dim = d.dim, fused = fused, queries = d.queries, threads = 1, memcpy_gb_s = d.memcpy,
-    bits_k = 8 * k_bytes / (HEADS * TOKENS * d.dim), bits_v = 8 * v_bytes / (HEADS * TOKENS * d.dim) }
+  local rows = HEADS * d.tokens
+  local row = { codec = name, family = family, dim = d.dim, fused = fused, heads = HEADS, tokens = d.tokens, queries = d.queries, threads = 1, memcpy_gb_s = d.memcpy,
+    bits_k = 8 * k_bytes / (rows * d.dim), bits_v = 8 * v_bytes / (rows * d.dim) }
   for what, s in pairs(seconds) do
-    row[what .. "_ns_per_token"] = 1e9 * s / (HEADS * TOKENS)
+    row[what .. "_ns_per_token"] = 1e9 * s / rows
     row[what .. "_gb_s"] = d.bytes / s / 1e9
     row[what .. "_codes_gb_s"] = (what:find "^accumulate" and v_bytes or k_bytes) / s / 1e9
   end
@@ -84,7 +86,7 @@ function M.measure(name, d, repeats)
       check(C.kv_block_encode(block, instance, x))
       C.kv_block_free(block[0])
     end,
-    decode = function() check(C.kv_block_decode(k._b, 0, TOKENS, out)) end,
+    decode = function() check(C.kv_block_decode(k._b, 0, d.tokens, out)) end,
     dot = function() check(C.kv_block_dot(k._b, q, flag, scores)) end,
     accumulate = function() check(C.kv_block_accumulate(v._b, p, flag, acc)) end,
     dot_decoded = function() check(C.kv_block_dot(k._b, q, 0, scores)) end,
@@ -125,7 +127,8 @@ end
 local function measure_ggml(name, d, base, cpu, repeats)
   local block_bytes = name == "q8_0" and 34 or 18
   local row_bytes = d.dim / 32 * block_bytes
-  local n_rows, n, total = HEADS * TOKENS, HEADS * TOKENS * d.dim, HEADS * TOKENS * row_bytes
+  local tokens = d.tokens
+  local n_rows, n, total = HEADS * tokens, HEADS * tokens * d.dim, HEADS * tokens * row_bytes
   local codes, rows = ffi.new("uint8_t[?]", total), ffi.cast("float*", d.out:_view().data)
   local x, q, scores = ffi.cast("float*", d.x:_view().data), ffi.cast("float*", d.q:_view().data), ffi.cast("float*", d.scores:_view().data)
   local quantize, dequantize = cpu["quantize_row_" .. name], base["dequantize_row_" .. name]
@@ -137,8 +140,8 @@ local function measure_ggml(name, d, base, cpu, repeats)
     cpu.quantize_row_q8_0(q, prepared, HEADS * d.queries * d.dim)
     for h = 0, HEADS - 1 do
       for g = 0, d.queries - 1 do
-        local to, from, query = scores + (h * d.queries + g) * TOKENS, codes + h * TOKENS * row_bytes, prepared + (h * d.queries + g) * q_bytes
-        for t = 0, TOKENS - 1 do product(d.dim, to + t, 0, from + t * row_bytes, 0, query, 0, 1) end
+        local to, from, query = scores + (h * d.queries + g) * tokens, codes + h * tokens * row_bytes, prepared + (h * d.queries + g) * q_bytes
+        for t = 0, tokens - 1 do product(d.dim, to + t, 0, from + t * row_bytes, 0, query, 0, 1) end
       end
     end
   end
@@ -193,7 +196,7 @@ function M.table(rows)
 end
 
 function M.run(o)
-  local codec = require "kelvin.codec"
+  local codec, json = require "kelvin.codec", require "kelvin.json"
   local dims, queries, repeats, names = o.dims or { 64 }, o.queries or 4, o.repeats or 5, o.names or M.names()
   check.that(queries <= 64, "bench: queries=%d is outside 1..64", queries)
   for _, dim in ipairs(dims) do
@@ -206,8 +209,11 @@ function M.run(o)
   if o.rows then
     out, why = io.open(o.rows, "wb")
     check.that(out, "--rows: %s", why)
+    local folder = o.rows:match "^(.*)/[^/]*$" or "."
+    require("kelvin.results").write(folder .. "/run.json", json.encode({ what = "bench codecs", dims = dims, queries = queries, repeats = repeats, page_tokens = codec.PAGE_TOKENS,
+      ggml = o.ggml and { base = lib.sha256_file(o.ggml .. "/libggml-base.so"), cpu = lib.sha256_file(o.ggml .. "/libggml-cpu.so") } or nil,
+      code = manifest.code(), git = manifest.git(K.root), host = manifest.host() }, "  ") .. "\n")
   end
-  local results, json = require "kelvin.results", require "kelvin.json"
   local threads = lib.threads()
   lib.threads(1)
   local rows = {}
@@ -230,12 +236,6 @@ function M.run(o)
   log.clear()
   if out then out:close() end
   if not ok then error(err, 0) end
-  if o.rows then
-    local folder = o.rows:match "^(.*)/[^/]*$" or "."
-    results.write(folder .. "/run.json", json.encode({ what = "bench codecs", dims = dims, queries = queries, repeats = repeats, heads = HEADS, tokens = TOKENS,
-      page_tokens = codec.PAGE_TOKENS, ggml = o.ggml and { base = lib.sha256_file(o.ggml .. "/libggml-base.so"), cpu = lib.sha256_file(o.ggml .. "/libggml-cpu.so") } or nil,
-      code = manifest.code(), git = manifest.git(K.folder .. "/../.."), host = manifest.host() }, "  ") .. "\n")
-  end
   return setmetatable(rows, { __tostring = function(t)
     return ("GB/s of one thread, %d queries a K/V head: f32 source that the codes stand for, then stored bytes ('codes'); memcpy %.1f GB/s (read + written)\n"
       .. "gain: time of decoding a page to f32 first over time on codes\n"):format(queries, t[1].memcpy_gb_s) .. M.table(t)
