@@ -63,8 +63,11 @@ local function parser()
   script:argument("args", "Arguments."):args "*"
   p:command("repl", "The interactive session (also plain `kelvin`).", "Example: echo 'kv.codec \"q4_0\"' | kelvin repl")
 
-  local codecs = p:command("codecs", "List codec families and presets, or describe one.", "Example: kelvin codecs turboquant-4")
+  local codecs = p:command("codecs", "List codec families and presets, or describe one: parameters, bytes of a page, what it can, source.",
+    "Examples: kelvin codecs; kelvin codecs turboquant-4 --dim 128")
   codecs:argument("name", "A family or preset."):args "?":argname "NAME"
+  codecs:option("--dim", "head_dim that bytes are told at (default 64)."):convert(positive "--dim"):argname "N"
+  codecs:option("--page-tokens", "Tokens of a page (default 64)."):convert(positive "--page-tokens"):argname "N"
 
   local models = p:command("models", "List models, describe one, or fetch one.", "Examples: kelvin models; kelvin models smollm2-135m; kelvin models get smollm2-135m")
   models:argument("what", "A model to describe; or `get` and its name."):args "?":argname "NAME | get"
@@ -344,7 +347,8 @@ end
 
 function commands.codecs(a)
   local codec = require "kelvin.codec"
-  print(tostring(a.name and codec.describe(a.name) or codec.list()))
+  check.that(a.name or not (a.dim or a.page_tokens), "codecs: --dim and --page-tokens are for one codec: kelvin codecs NAME --dim 128")
+  print(tostring(a.name and codec.describe(a.name, { head_dim = a.dim, page_tokens = a.page_tokens }) or codec.list()))
   return 0
 end
 

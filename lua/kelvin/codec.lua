@@ -437,11 +437,12 @@ end
 -- ---- lists --------------------------------------------------------------------------------------------------------
 
 doc("kv.codecs", [[
-  kv.codecs() -> list
-  Families and presets that there are, with a line about each.  kv.codecs "int" describes one: parameters, ranges, source.]])
-function M.list(name)
+  kv.codecs() -> list          kv.codecs(name [, { head_dim = 64, page_tokens = 64 }]) -> description
+  Families and presets that there are, with a line about each.  kv.codecs "int" describes one: parameters, ranges, the bytes of
+  a page at a head_dim, what it can, source.]])
+function M.list(name, o)
   load()
-  if name then return M.describe(name) end
+  if name then return M.describe(name, o) end
   local rows = {}
   local names = {}
   for n in pairs(families) do names[#names + 1] = n end
@@ -457,20 +458,84 @@ function M.list(name)
   end })
 end
 
---- describe(name): what a family or preset is, its parameters with ranges and where it comes from.
-function M.describe(name)
+-- What a codec can do, in words.
+local function abilities(f, i)
+  local has = function(cap) return bit.band(i.caps, cap) ~= 0 end
+  local out = { has(C.KV_CAP_KEYS) and (has(C.KV_CAP_VALUES) and "keys and values" or "keys alone") or "values alone" }
+  out[#out + 1] = i.fused and "attention on codes" or "attention on decoded tiles"
+  out[#out + 1] = has(C.KV_CAP_FUSED_CUDA) and "on CUDA too" or nil
+  out[#out + 1] = i.granule == 1 and "a token is encoded at a time" or ("%d tokens are encoded at a time"):format(i.granule)
+  out[#out + 1] = "any token is read alone"
+  out[#out + 1] = bit.band(f.caps, C.KV_CAP_CALIBRATED) ~= 0 and "needs a calibration" or i.table_bytes > 0 and "these parameters need a calibration"
+    or bit.band(f.caps, C.KV_CAP_CALIBRATABLE) ~= 0 and "some parameters need a calibration" or "needs no calibration"
+  out[#out + 1] = has(C.KV_CAP_LOSSLESS) and "lossless" or nil
+  out[#out + 1] = has(C.KV_CAP_CONTROL) and "a control that must fail" or nil
+  return table.concat(out, ", ")
+end
+
+-- The pictures of a family's section in docs/formats.md.
+local function pictures(family)
+  local f = io.open(K.root .. "/docs/formats.md")
+  local all = f and f:read "*a" or ""
+  if f then f:close() end
+  local section, lines = all:match("\n## " .. family .. "\n(.-)\n## ") or "", {}
+  for block in section:gmatch "\n```\n(.-\n)```" do
+    for line in block:gmatch "(.-)\n" do lines[#lines + 1] = "    " .. line end
+  end
+  return table.concat(lines, "\n")
+end
+
+-- Bytes of a page by purpose, one row a side.
+local ledger = { "granule", "page bytes", "codes", "scales", "outliers", "padding", "tables", "bits/elem" }
+local function ledger_rows(c, head_dim, page_tokens)
+  local rows = { { "side", unpack(ledger) } }
+  for _, side in ipairs { "k", "v" } do
+    local ok, i = pcall(c.info_for, c, head_dim, page_tokens, side)
+    if not ok then rows.refused = tostring(i)
+    else
+      rows[side] = i
+      rows[#rows + 1] = { side, i.granule, ("%d"):format(i.page_bytes), ("%d"):format(i.page.codes), ("%d"):format(i.page.scales), ("%d"):format(i.page.outliers), ("%d"):format(i.page.padding),
+        ("%d"):format(i.table_bytes), ("%.4g"):format(i.bits_payload) }
+    end
+  end
+  return rows
+end
+
+-- Rows of cells as lines, columns as wide as they need to be; the last one is not padded.
+local function columns(rows, indent)
+  local width, out = {}, {}
+  for _, r in ipairs(rows) do for i, cell in ipairs(r) do width[i] = math.max(width[i] or 0, #tostring(cell)) end end
+  for _, r in ipairs(rows) do
+    local cells = {}
+    for i, cell in ipairs(r) do cells[i] = i == #r and tostring(cell) or ("%-" .. width[i] .. "s"):format(tostring(cell)) end
+    out[#out + 1] = indent .. table.concat(cells, "  ")
+  end
+  return table.concat(out, "\n")
+end
+
+--- describe(name [, { head_dim = 64, page_tokens = 64 }]): what a family or preset is and can, its parameters with ranges, the bytes
+-- of a page at a geometry, and where it comes from.
+function M.describe(name, o)
+  o = o or {}
   local c = M.new(name)
   local f = families[c.family]
-  local d = { name = name, family = c.family, about = c.about, source = c.source, params = f.params, k = c.side_params.k, v = c.side_params.v }
+  local head_dim, page_tokens = o.head_dim or 64, o.page_tokens or M.PAGE_TOKENS
+  local rows = ledger_rows(c, head_dim, page_tokens)
+  local i = rows.k or rows.v
+  if not i then check.fail("%s", rows.refused) end
+  local d = { name = name, family = c.family, about = c.about, source = c.source, params = f.params, k = c.side_params.k, v = c.side_params.v, head_dim = head_dim,
+    page_tokens = page_tokens, page = { k = rows.k, v = rows.v }, abilities = abilities(f, i) }
   return setmetatable(d, { __tostring = function()
-    local out = { tostring(c), "  " .. d.about, "  source: " .. d.source, "  parameters:" }
+    local params = {}
     for _, p in ipairs(f.params) do
       local range = p.choices and table.concat(p.choices, " | ") or ("%.14g..%.14g"):format(p.min, p.max)
       local k, v = c:value(p.name, "k"), c:value(p.name, "v")
-      local value = k == v and tostring(k) or ("k %s, v %s"):format(tostring(k), tostring(v))
-      out[#out + 1] = ("    %-10s %-14s %-28s %s"):format(p.name, value, range, p.about)
+      params[#params + 1] = { p.name, k == v and tostring(k) or ("k %s, v %s"):format(tostring(k), tostring(v)), range, p.about }
     end
-    return table.concat(out, "\n")
+    return table.concat({ tostring(c), "  " .. d.about, "  source: " .. d.source, "  can: " .. d.abilities,
+      "  parameters:" .. (#params == 0 and " none" or "\n" .. columns(params, "    ")),
+      ("  at head_dim %d, pages of %d tokens of one head:"):format(head_dim, page_tokens), columns(rows, "    "),
+      ("  a page's bytes (docs/formats.md, %s):"):format(c.family), pictures(c.family) }, "\n")
   end })
 end
 

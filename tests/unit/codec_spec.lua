@@ -107,6 +107,24 @@ describe("kv.codec", function()
     assert.matches("\n  q4_0 +preset +int ", tostring(kv.codecs()))
     assert.matches("source: KIVI", tostring(kv.codecs "kivi-2"))
   end)
+
+  it("describes every family and preset: parameters, a page's bytes at a head_dim, what it can, source", function()
+    for _, name in ipairs(require("kelvin.codec").names()) do
+      local d = kv.codecs(name, { head_dim = 128, page_tokens = 32 })
+      local words = tostring(d)
+      for _, part in ipairs { "\n  source: .", "\n  can: keys", "\n  parameters:", "at head_dim 128, pages of 32 tokens", "\n    k +%d+ +%d+", "\n    v +%d+ +%d+", d.family .. "%):\n    ." } do
+        assert.matches(part, words, 1, false, name)
+      end
+      for _, p in ipairs(d.params) do assert.matches("\n    " .. p.name .. " ", words) end
+      for _, side in ipairs { "k", "v" } do
+        local i = d.page[side]
+        assert.are.equal(i.page_bytes, i.page.codes + i.page.scales + i.page.outliers + i.page.exact + i.page.padding, name)
+        assert.are.equal(0, i.page_bytes % 64)
+      end
+    end
+    assert.matches("v +1 +1536 +1024 +512 ", tostring(kv.codecs "kivi-2"))
+    assert.matches("head_dim=33 is not an even number", H.fails(kv.codecs, "scalar", { head_dim = 33 }))
+  end)
 end)
 
 describe("kv.codec.parse_arm", function()
