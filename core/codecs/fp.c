@@ -6,6 +6,7 @@
  *   page   | codes: row 0, row 1, ... | group scales: row 0, row 1, ... | token scales f16 [page_tokens] |
  *   row    head_dim codes, code i in bits i*b .. i*b+b-1 from the lowest bit on: a byte each, or nibbles, even channel low
  *   group scales of a row: ceil(head_dim / group) bytes (block=e8m0 or e4m3);  token scales: scale=token
+ *   tables (scale=head): S f32
  *
  *   grid    bits: sign exponent mantissa   bias   smallest, smallest normal, largest      (OCP FP8 1.0, OCP MX 1.0)
  *   e4m3    1 4 3                             7   2^-9, 2^-6, 448         S.1111.111 is NaN, no infinities
@@ -15,26 +16,32 @@
  *
  * Encoding, f32, one rounding a step, none fused; M: the grid's largest number, amax: of the row or the group:
  *
- *   S  row's scale     value | f16(min(amax / M, 65504)); with block=e4m3: amax / (448 M)
+ *   S  row's scale     value (static) | f16(min(amax / M, 65504)) (token) | amax of the calibration's rows / M, for a layer, head and
+ *                      side (head); with block=e4m3: amax / (448 M) for both.  scale=head takes twice that where it costs nothing: a
+ *                      grid with exponents to spare does not feel a factor of two, and other texts have larger rows
  *   s  group's scale   none: 1 | e8m0: 2^(floor(log2 amax) - E), E the exponent of M (OCP MX 6.3), of x / S
  *                      e4m3: nearest e4m3 to (amax / M) / S
  *   code               nearest grid number to x / (s S), ties to even, saturated to +-M; 0 where s S is 0
  *   value              grid number * (s S)
  *
  * Every finite input decodes to something finite.  Damaged codes may decode to NaN or infinity, as the formats say. */
+#include <math.h>
+#include "../calib.h"
 #include "../vecmath.h"
 #include "fp_rows.h"
 
 enum { P_GRID, P_BLOCK, P_GROUP, P_SCALE, P_VALUE };
 enum { GRID_E4M3, GRID_E5M2, GRID_E2M1 };
 enum { BLOCK_NONE, BLOCK_E8M0, BLOCK_E4M3 };
-enum { SCALE_STATIC, SCALE_TOKEN };
+enum { SCALE_STATIC, SCALE_TOKEN, SCALE_HEAD };
+#define FP_SCALE_MIN 0x1p-100f
+#define FP_SCALE_MAX 0x1p100f
 
 static const kv_param params[] = {
     { "grid",  "numbers that codes stand for", KV_PARAM_CHOICE, GRID_E4M3, 0, 2, "e4m3|e5m2|e2m1" },
     { "block", "scale of each group of channels: none, a power of two (OCP MX), or e4m3 (NVFP4)", KV_PARAM_CHOICE, BLOCK_NONE, 0, 2, "none|e8m0|e4m3" },
     { "group", "channels that share a block scale; a multiple of 16", KV_PARAM_INT, 32, 16, 128, NULL },
-    { "scale", "scale of a whole row: the number `value`, or its own in f16", KV_PARAM_CHOICE, SCALE_STATIC, 0, 1, "static|token" },
+    { "scale", "scale of a whole row: the number `value`, its own in f16, or one for each layer and head from a calibration", KV_PARAM_CHOICE, SCALE_STATIC, 0, 2, "static|token|head" },
     { "value", "the static scale: what a code of 1 is worth", KV_PARAM_REAL, 1, 0x1p-20, 65536, NULL },
 };
 
@@ -59,19 +66,60 @@ typedef struct fp_state {
 
 static inline const fp_state *state_of(const kv_codec *c) { return c->state; }
 
+static int check(const kv_codec *c)
+{
+    static const char *const word[] = { "static", "token", "head" };
+    const int group = (int)c->value[P_GROUP], scale = (int)c->value[P_SCALE];
+    RETURN_ERROR_IF(group % 16 != 0, KV_E_PARAM, "codec 'fp': group=%d is not a multiple of 16", group);
+    RETURN_ERROR_IF(c->value[P_BLOCK] == BLOCK_E8M0 && scale != SCALE_STATIC, KV_E_PARAM, "codec 'fp': scale=%s with block=e8m0 adds nothing (static)", word[scale]);
+    RETURN_ERROR_IF(scale != SCALE_STATIC && c->value[P_VALUE] != 1, KV_E_PARAM, "codec 'fp': value=%g with scale=%s is not used (1)", c->value[P_VALUE], word[scale]);
+    return KV_OK;
+}
+
+/* What a row of this largest element is divided by, so that all of the grid is used. */
+static double whole_scale(const grid *g, int block, double amax) { return amax / (block == BLOCK_E4M3 ? 448.0 * (double)g->max : (double)g->max); }
+
+static int fp_calibrate(const kv_codec *c, const kv_moments *m, void **blob, size_t *blob_bytes)
+{
+    *blob = NULL;
+    *blob_bytes = 0;
+    FORWARD_IF_ERROR(check(c));
+    if (c->value[P_SCALE] != SCALE_HEAD) return KV_OK;
+    const grid *g = &grids[(int)c->value[P_GRID]];
+    const int block = (int)c->value[P_BLOCK], spare = g->bits == 8 || block != BLOCK_NONE;
+    double amax = 0;
+    for (size_t i = 0; i < (size_t)m->n_sample * (size_t)m->head_dim; i++) amax = fmax(amax, fabs((double)m->sample[i]));
+    float *s = kv_alloc(sizeof *s);
+    if (!s) return KV_E_NOMEM;
+    *s = amax > 0 ? (float)fmin(fmax((spare ? 2 : 1) * whole_scale(g, block, amax), FP_SCALE_MIN), FP_SCALE_MAX) : 1;
+    *blob = s;
+    *blob_bytes = sizeof *s;
+    return KV_OK;
+}
+
+static int read_table(const kv_codec *c, float *value)
+{
+    const int head = c->value[P_SCALE] == SCALE_HEAD;
+    if (head && !c->blob) return kv_codec_needs_blob(c);
+    RETURN_ERROR_IF(c->blob_bytes != (head ? sizeof *value : 0), KV_E_CORRUPT, "codec 'fp': %zu bytes of tables, %zu are needed", c->blob_bytes, head ? sizeof *value : 0);
+    if (!head) return KV_OK;
+    memcpy(value, c->blob, sizeof *value);
+    RETURN_ERROR_IF(!(*value >= FP_SCALE_MIN && *value <= FP_SCALE_MAX), KV_E_CORRUPT, "codec 'fp': the tables' scale is %g, outside 2^-100..2^100", (double)*value);
+    return KV_OK;
+}
+
 static int fp_init(kv_codec *c)
 {
     static const int kind[] = { FP_E4M3, FP_E5M2, 4 };
     static const float e2m1[8] = { 0, 0.5f, 1, 1.5f, 2, 3, 4, 6 };
     fp_state *s = c->state;
     const int which = (int)c->value[P_GRID], group = (int)c->value[P_GROUP];
+    FORWARD_IF_ERROR(check(c));
     s->block = (int)c->value[P_BLOCK];
     s->scale = (int)c->value[P_SCALE];
     s->value = (float)c->value[P_VALUE];
     s->grid = grids[which];
-    RETURN_ERROR_IF(group % 16 != 0, KV_E_PARAM, "codec 'fp': group=%d is not a multiple of 16", group);
-    RETURN_ERROR_IF(s->block == BLOCK_E8M0 && s->scale == SCALE_TOKEN, KV_E_PARAM, "codec 'fp': scale=token with block=e8m0 adds nothing (static)");
-    RETURN_ERROR_IF(s->scale == SCALE_TOKEN && s->value != 1, KV_E_PARAM, "codec 'fp': value=%g with scale=token is not used (1)", c->value[P_VALUE]);
+    FORWARD_IF_ERROR(read_table(c, &s->value));
     s->group = s->block == BLOCK_NONE ? c->head_dim : group;
     s->n_groups = (c->head_dim + s->group - 1) / s->group;
     s->rows = (fp_rows){ .kind = kind[which], .cols = c->head_dim, .group = s->group, .n_groups = s->n_groups, .row_bytes = fp_row_bytes(kind[which], c->head_dim) };
@@ -246,7 +294,7 @@ static int fp_fit_bits(kv_codec *c, double target)
 const kv_codec_ops kv_codec_fp = {
     .name = "fp", .about = "small floating-point numbers: FP8, and FP4 or FP8 with block scales (NVFP4, MXFP4, MXFP8)",
     .source = "OCP 8-bit Floating Point Specification 1.0; OCP Microscaling Formats (MX) 1.0; NVFP4: e2m1, groups of 16, e4m3 scales",
-    .params = params, .n_params = 5, .format = 1, .caps = KV_CAP_KEYS | KV_CAP_VALUES, .state_size = sizeof(fp_state),
-    .init = fp_init, .encode = fp_encode, .decode = fp_decode,
+    .params = params, .n_params = 5, .format = 1, .caps = KV_CAP_KEYS | KV_CAP_VALUES | KV_CAP_CALIBRATABLE,
+    .state_size = sizeof(fp_state), .calibrate = fp_calibrate, .init = fp_init, .encode = fp_encode, .decode = fp_decode,
     .query = fp_query, .dot = fp_dot, .accumulate = fp_accumulate, .output = fp_output, .fit_bits = fp_fit_bits,
 };

@@ -134,12 +134,54 @@ static void distortion(void)
     CHECK(fabs(error_of("block=e8m0", 0x1p60f) - mx8) < 1e-12, "e8m0 scales do not feel a power of two");
 }
 
+/* A scale for each layer and head, from rows: rows of any size are as near as with a token's own, and no page holds it. */
+static void head_scale(void)
+{
+    enum { N = 1024, P = 64 };
+    static float x[N * DIM], y[P * DIM];
+    static const struct { const char *params, *twin; double spare, over; } format[] = {
+        { "grid=e4m3", "grid=e4m3,scale=token", 2, 448 }, { "grid=e5m2", "grid=e5m2,scale=token", 2, 57344 }, { "grid=e2m1", "grid=e2m1,scale=token", 1, 6 },
+        { "grid=e2m1,block=e4m3,group=16", "grid=e2m1,block=e4m3,group=16,scale=token", 2, 448 * 6 } };
+    for (int i = 0; i < 8; i++) {
+        const float by = i % 2 ? 3e-5f : 7e6f;
+        double amax = 0, ee = 0, xx = 0;
+        char text[100];
+        kv_codec *c = NULL, *again;
+        kv_rng_normal(4, i, 0, N * DIM, x);
+        for (int k = 0; k < N * DIM; k++) amax = fmax(amax, fabs((double)(x[k] *= by)));
+        const kv_tensor t = { .data = x, .dtype = KV_F32, .ndim = 2, .shape = { N, DIM }, .stride = { DIM, 1 } };
+        snprintf(text, sizeof text, "%s,scale=head", format[i / 2].params);
+        CHECK(kv_codec_fit(&c, "fp", text, DIM, P, KV_SIDE_K, &t, NULL) == KV_OK, "%s: %s", text, kv_last_error());
+        if (!c) continue;
+        const void *blob;
+        double bytes, want = format[i / 2].spare * amax / format[i / 2].over;
+        CHECK(kv_codec_blob(c, &blob, &bytes) == KV_OK && bytes == 4 && fabs(*(const float *)blob / want - 1) < 1e-6, "%s: the table holds %g, want %g", text, *(const float *)blob, want);
+        kv_codec *plain = make(format[i / 2].params, DIM, P);
+        CHECK(plain && c->page_bytes == plain->page_bytes, "%s: %zu bytes", text, c->page_bytes);
+        uint8_t *page = kv_zalloc(c->page_bytes);
+        c->ops->encode(c, page, 0, P, x, DIM);
+        c->ops->decode(c, page, 0, P, y, DIM);
+        for (int k = 0; k < P * DIM; k++) ee += pow((double)x[k] - y[k], 2), xx += (double)x[k] * x[k];
+        const double twin = error_of(format[i / 2].twin, 1), most = format[i / 2].spare > 1 ? 1.25 : 2.5;   /* four bits without blocks feel one range for all rows */
+        CHECK(ee / xx < most * twin, "%s times %g: relative MSE %.5f, with a scale per token %.5f", text, by, ee / xx, twin);
+        float bad[] = { NAN, 0, -1, INFINITY };
+        for (int k = 0; k < 4; k++) CHECK(kv_codec_new_calibrated(&again, "fp", c->text, DIM, P, 0, &bad[k], 4) == KV_E_CORRUPT && !again, "a scale of %g passes", bad[k]);
+        CHECK(kv_codec_new_calibrated(&again, "fp", c->text, DIM, P, 0, bad, 8) == KV_E_CORRUPT, "8 bytes pass for a scale");
+        CHECK(kv_codec_new_calibrated(&again, "fp", "", DIM, P, 0, blob, 4) == KV_E_CORRUPT, "a static scale takes tables");
+        CHECK(kv_codec_new(&again, "fp", text, DIM, P, 0) == KV_E_UNCALIBRATED, "made without tables");
+        kv_free(page);
+        kv_codec_free(plain);
+        kv_codec_free(c);
+    }
+}
+
 static void refusals(void)
 {
     static const struct { const char *params, *want; } bad[] = {
         { "group=24", "codec 'fp': group=24 is not a multiple of 16" }, { "scale=token,block=e8m0", "scale=token with block=e8m0 adds nothing" },
-        { "scale=token,value=2", "value=2 with scale=token is not used" }, { "grid=e3m4", "grid=e3m4 is not one of e4m3|e5m2|e2m1" }, { "value=0", "value=0 is outside" } };
-    for (int i = 0; i < 5; i++) {
+        { "scale=token,value=2", "value=2 with scale=token is not used" }, { "grid=e3m4", "grid=e3m4 is not one of e4m3|e5m2|e2m1" }, { "value=0", "value=0 is outside" },
+        { "scale=head,block=e8m0", "scale=head with block=e8m0 adds nothing" }, { "scale=head,value=2", "value=2 with scale=head is not used" } };
+    for (int i = 0; i < 7; i++) {
         kv_codec *c;
         CHECK(kv_codec_new(&c, "fp", bad[i].params, 64, 64, 0) == KV_E_PARAM && strstr(kv_last_error(), bad[i].want), "%s: %s", bad[i].params, kv_last_error());
     }
@@ -165,6 +207,7 @@ int main(void)
     }
     kv_cpu_limit(kv_cpu_simd_max());
     distortion();
+    head_scale();
     refusals();
     return check_end();
 }
