@@ -3,10 +3,10 @@
 #define KV_WF_H
 #include "scalar.h"
 
-enum { WF_MAX_BITS = 8, WF_MAX_UNITS = KV_MAX_HEAD_DIM / 4, WF_MAGIC = 0x3146574b /* "KWF1" */ };
+enum { WF_MAX_BITS = 8, WF_MAX_SEARCH = 15, WF_MAX_UNITS = KV_MAX_HEAD_DIM / 4, WF_MAGIC = 0x3146574b /* "KWF1" */ };
 
 /* Parameters, in the order of kv_codec_wf.params. */
-enum { WF_P_BITS, WF_P_SCALE, WF_P_BASIS, WF_P_RIDGE, WF_P_MIX };
+enum { WF_P_BITS, WF_P_SCALE, WF_P_BASIS, WF_P_RIDGE, WF_P_MIX, WF_P_SEARCH };
 enum { WF_SCALE_LOG8, WF_SCALE_F16 };
 enum { WF_BASIS_QUERY, WF_BASIS_ROWS, WF_BASIS_CHANNELS };
 enum { WF_MIX_ROTATION, WF_MIX_NONE };
@@ -54,7 +54,8 @@ typedef struct wf_state {
     const wf_tables *tables;
     const float     *sigma, *analysis, *synthesis;     /* in the blob */
     float           *rows;                             /* [n][round_up(head_dim, 16)]: synthesis, a component a row */
-    int              n, padded, n_tiles, scale_mode;
+    int              n, padded, n_tiles, scale_mode, search;
+    float            factor[WF_MAX_SEARCH];            /* of a vector's root mean square, in the order they are tried */
     uint8_t          width[WF_MAX_UNITS];
     size_t           tile[KV_MAX_HEAD_DIM / SCALAR_LANES], tile_bytes;   /* values: offset of each tile; keys: all tiles alike */
     size_t           scales;

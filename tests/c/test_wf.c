@@ -216,6 +216,35 @@ static void test_gain(void)
     CHECK(noise[0] < 0.8 * noise[1] && noise[1] < 0.8 * noise[2], "score noise under the queries' weight %g, of rows alone %g, channels %g", noise[0], noise[1], noise[2]);
 }
 
+/* In a basis without a weight the error of scores is that of rows: no row may be worse for more starts, all together are better. */
+static void test_search(void)
+{
+    static float x[ROWS * D], y[2][P * D];
+    correlated(7, 0.1, x, ROWS, D);
+    const made one = make("bits=2,basis=rows,search=1", D, KV_SIDE_K, x, ROWS, NULL, 0), five = make("bits=2,basis=rows", D, KV_SIDE_K, x, ROWS, NULL, 0);
+    uint8_t *page = kv_zalloc(one.c->page_bytes);
+    double sum[2] = { 0 }, worst = 0;
+    for (int t = 0; t < 1024; t += P) {
+        for (int i = 0; i < 2; i++) {
+            const kv_codec *c = i ? five.c : one.c;
+            c->ops->encode(c, page, 0, P, x + t * D, D);
+            c->ops->decode(c, page, 0, P, y[i], D);
+        }
+        for (int n = 0; n < P; n++) {
+            double e[2] = { 0 };
+            for (int i = 0; i < 2; i++)
+                for (int k = 0; k < D; k++) e[i] += pow((double)y[i][n * D + k] - (double)x[(t + n) * D + k], 2);
+            worst = fmax(worst, e[1] / e[0]);
+            for (int i = 0; i < 2; i++) sum[i] += e[i];
+        }
+    }
+    CHECK(worst < 1.0001, "a row's error is %g of what one start leaves", worst);
+    CHECK(sum[1] < 0.97 * sum[0], "five starts leave %g of one's error", sum[1] / sum[0]);
+    kv_free(page);
+    drop(one);
+    drop(five);
+}
+
 /* Scores on codes of every level against double precision over decoded rows, with widths up to 8 and codes across rows. */
 static void test_dot(void)
 {
@@ -355,6 +384,7 @@ int main(void)
     test_fill();
     test_basis();
     test_gain();
+    test_search();
     test_dot();
     test_bias();
     test_degenerate();
