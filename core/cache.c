@@ -306,8 +306,7 @@ int kv_cache_attend(kv_cache *c, int layer, int n, const float *q, const float *
     return KV_OK;
 }
 
-/* Frees what query n_tokens and all later ones do not see. */
-static void drop_unseen(kv_cache *c, int layer, kv_store *st)
+void kv_store_drop_unseen(const kv_cache *c, int layer, kv_store *st)
 {
     const int first = kv_first_seen(c, layer, c->n_tokens), sink = c->plan->sink[layer], pt = c->plan->page_tokens;
     if (first == 0) return;
@@ -334,7 +333,7 @@ int kv_cache_commit(kv_cache *c, int n)
             st->n_before = st->n_encoded;
             kv_free(st->saved);
             st->saved = NULL;
-            drop_unseen(c, l, st);
+            kv_store_drop_unseen(c, l, st);
         }
     }
     kv_chunk_free(c->chunk);
@@ -359,12 +358,18 @@ void kv_cache_roll_back(kv_cache *c, int layer)
     c->pending[layer] = 0;
 }
 
-/* The first position of layer's store that is still held. */
-static int first_held(const kv_cache *c, int layer, const kv_store *st)
+int kv_store_first_held(const kv_cache *c, int layer, const kv_store *st)
 {
     const int sink = c->plan->sink[layer];
     const int lost_tail = st->never ? kv_max(sink, c->n_tokens - st->tail_rows) : sink + kv_min(st->first_page * c->plan->page_tokens, st->n_encoded);
     return lost_tail > sink || (sink > 0 && !st->sink) ? lost_tail : 0;
+}
+
+int kv_cache_first_held(const kv_cache *c, int layer)
+{
+    int held = 0;
+    for (int i = 0; i < c->geo.n_kv_heads * 2; i++) held = kv_max(held, kv_store_first_held(c, layer, kv_cache_store(c, layer, i / 2, i % 2)));
+    return held;
 }
 
 int kv_cache_truncate(kv_cache *c, int n)
@@ -379,7 +384,7 @@ int kv_cache_truncate(kv_cache *c, int n)
     if (n == c->n_tokens) return KV_OK;
     for (int l = 0; n > 0 && l < c->geo.n_layers; l++)
         for (int i = 0; i < nh2; i++) {
-            const int held = first_held(c, l, kv_cache_store(c, l, i / 2, i % 2)), seen = kv_first_seen(c, l, n);
+            const int held = kv_store_first_held(c, l, kv_cache_store(c, l, i / 2, i % 2)), seen = kv_first_seen(c, l, n);
             RETURN_ERROR_IF(held > seen, KV_E_UNSUPPORTED, "cache: truncate to %d tokens needs positions %d..%d of layer %d, which its sliding window of %d has dropped; feed the text again",
                 n, seen, kv_min(held, n) - 1, l, c->geo.sliding[l]);
         }
@@ -424,7 +429,7 @@ int kv_cache_read(const kv_cache *c, int layer, int head, int side, int tok0, in
     RETURN_ERROR_IF(tok0 < 0 || tok1 < tok0 || tok1 > c->n_tokens, KV_E_ARG, "cache: positions %d..%d are outside 0..%d", tok0, tok1 - 1, c->n_tokens - 1);
     RETURN_ERROR_IF(c->pending[layer], KV_E_ARG, "cache: read in the middle of a step (layer %d has %d tokens not committed)", layer, c->pending[layer]);
     const kv_store *st = kv_cache_store(c, layer, head, side);
-    const int sink = c->plan->sink[layer], d = c->geo.head_dim, held = first_held(c, layer, st);
+    const int sink = c->plan->sink[layer], d = c->geo.head_dim, held = kv_store_first_held(c, layer, st);
     RETURN_ERROR_IF(tok0 < tok1 && tok0 < held, KV_E_ARG, "cache: layer %d no longer holds position %d, only %d..%d: its window has passed", layer, tok0, held, c->n_tokens - 1);
     const int s1 = kv_min(tok1, sink), e0 = kv_max(tok0, sink), e1 = kv_min(tok1, sink + st->n_encoded), t0 = kv_max(tok0, sink + st->n_encoded);
     if (tok0 < s1) kv_store_load_exact(c, layer, st, tok0, s1, dst);

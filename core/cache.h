@@ -63,6 +63,7 @@ int  kv_cache_commit(kv_cache *c, int n);
 void kv_cache_path(kv_cache *c, int path);
 int  kv_cache_read(const kv_cache *c, int layer, int head, int side, int tok0, int tok1, float *dst);
 /* Rows from outside (cache_import.c): room for n tokens in an empty cache, then the rows of them all. */
+int  kv_cache_first_held(const kv_cache *c, int layer);                   /* of the layer's stores, the latest */
 int  kv_cache_import(kv_cache *c, int n);
 int  kv_cache_write(kv_cache *c, int layer, int head, int side, int tok0, int tok1, const float *src);
 int  kv_cache_bytes(const kv_cache *c, int layer /* -1: all */, int side /* -1: both */, kv_bytes *out);

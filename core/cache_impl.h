@@ -81,6 +81,9 @@ void kv_store_encode(const kv_cache *c, int layer, int head, int side, int u0, i
 void kv_store_decode(const kv_cache *c, int layer, int head, int side, int u0, int u1, float *dst);
 /* x rows (ld apart) turned by -p0 (or by +p0 when back) of a page. */
 void kv_turn_rows(const kv_turn *t, int page, int back, float *x, int64_t ld, int n_rows);
+/* Frees what query n_tokens and all later ones do not see. */
+void kv_store_drop_unseen(const kv_cache *c, int layer, kv_store *st);
+int  kv_store_first_held(const kv_cache *c, int layer, const kv_store *st);   /* the first position that is still held */
 void kv_cache_roll_back(kv_cache *c, int layer);
 void kv_cache_count_pairs(kv_cache *c, int layer, int n);
 

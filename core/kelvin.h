@@ -236,6 +236,7 @@ int  kv_session_pairs(const kv_session *s, kv_pairs *out);
 int  kv_session_read(const kv_session *s, int layer, int head, int side, int tok0, int tok1, float *dst);
 /* Room for n tokens in an empty session, as if they had been fed; then rows of a layer and head, f32 [tok1-tok0, head_dim] as
  * read gives them.  Where the slot is coded, tok0 and tok1 are multiples of its granule. */
+int  kv_session_first_held(const kv_session *s, int layer);                /* the first token whose rows a sliding layer still has; -1: no such layer */
 int  kv_session_import(kv_session *s, int n);
 int  kv_session_write(kv_session *s, int layer, int head, int side, int tok0, int tok1, const float *src);
 /* Flips every bit of one byte in about share of the bytes of compressed pages (mutation control).  Returns how many in *n. */
@@ -280,22 +281,34 @@ int  kv_calib_load(kv_calib **out, kv_model *m, const char *path);
  * plan removes from this slot's rows, or NULL.  A codec that needs no tables is made without. */
 int  kv_codec_calibrate(kv_codec **out, const kv_calib *c, const char *family, const char *params, int page_tokens, int layer, int head, int side, int page_rope, const float *mean);
 void kv_calib_free(kv_calib *c);
-/* KVTC: a basis over the layers and heads of a model, for tokens that leave it in blocks (docs/codecs.md).  ratio: f16 bytes over
- * coded bytes, before the entropy stage; layers: how many share a basis, 0: all; rank 0: as the rows allow; types 0: 0, 2, 4 or 8 bits
- * in blocks with shift and scale, 1: 0 to 8 bits with calibrated steps, 2: 0 or 8 bits (truncation). */
+/* KVTC: a basis over the layers and heads of a model, for tokens that leave it in blocks (docs/codecs.md).  Zeros are the published
+ * setting.  The basis of `like` (tables made here, not loaded) is taken over instead of made; layers to rows are then not read. */
+enum { KV_KVTC_PAPER = 0, KV_KVTC_FINE = 1, KV_KVTC_E4M3 = 2, KV_KVTC_UNIFORM = 3 };   /* 0, 2, 4, 8 bits in blocks with shift and scale; 0 to 8 bits
+    with calibrated steps; as the first with FP8 without header for 8 bits; 0 or `bits` bits */
+typedef struct kv_kvtc_options {
+    double  ratio_k, ratio_v, seed;                                /* f16 bytes over coded bytes, before the entropy stage; of the randomized SVD */
+    int32_t layers, heads;                                         /* how many share a basis; 0: all */
+    int32_t rank, rows;                                            /* components at most; rows of the calibration; 0: as there are */
+    int32_t keep_rope, randomized;                                 /* keys as cached; randomized SVD in place of the Gram matrix */
+    int32_t types, bits, lagrange;                                 /* KV_KVTC_…; of KV_KVTC_UNIFORM; Lagrange multiplier in place of the dynamic program */
+} kv_kvtc_options;
 typedef struct kv_kvtc kv_kvtc;
 typedef struct kv_offload kv_offload;
-int  kv_kvtc_new(kv_kvtc **out, const kv_calib *c, double ratio_k, double ratio_v, int layers, int rank, int types);
+int  kv_kvtc_new(kv_kvtc **out, const kv_calib *c, const kv_kvtc *like, const kv_kvtc_options *o);
 int  kv_kvtc_tables(const kv_kvtc *k, double *bytes, int *rank_k, int *rank_v);
 void kv_kvtc_free(kv_kvtc *k);
 /* Tokens sink .. n-window of a session in blocks of block_tokens; the first `sink` and the last ones, window at least, stay f16.
- * stage: "raw", "zlib", "lzma", "rans" (static tables of the calibration), "smallest". */
-int  kv_offload_new(kv_offload **out, kv_kvtc *k, const kv_session *s, int sink, int window, int block_tokens, const char *stage);
+ * stage: "raw", "zlib", "lzma", "rans" (static tables of the calibration), "smallest"; level: of zlib (1..9) and lzma (0..9), -1: 6. */
+int  kv_offload_new(kv_offload **out, kv_kvtc *k, const kv_session *s, int sink, int window, int block_tokens, const char *stage, int level);
+/* The same session, gone on: what has left the window since becomes blocks of its own; blocks that are there stay. */
+int  kv_offload_extend(kv_offload *o, const kv_session *s, int window);
 int  kv_offload_shape(const kv_offload *o, int *n_tokens, int *n_coded, int *n_blocks);
+int  kv_offload_block(const kv_offload *o, int block, int *tok0, int *n);
 int  kv_offload_bytes(const kv_offload *o, kv_bytes *out);               /* shared: the tables, once */
 /* Rows of one block, keys at their positions again: f32 [layers][heads][tokens][head_dim]. */
 int  kv_offload_read(const kv_offload *o, int side, int block, float *dst);
-int  kv_offload_restore(const kv_offload *o, kv_session *empty);
+/* n_tokens: how many came back, fewer than there were when the file of the offload was damaged. */
+int  kv_offload_restore(const kv_offload *o, kv_session *empty, int *n_tokens);
 void kv_offload_free(kv_offload *o);
 /* Mean of RoPE(key bias) over positions 0..n_positions-1 (a page's offsets for page-relative keys): needs no text. */
 int  kv_model_bias_mean(const kv_model *m, int layer, int head, int n_positions, float *mean);

@@ -175,6 +175,11 @@ int kv_session_read(const kv_session *s, int layer, int head, int side, int tok0
     return kv_cache_read(s->cache, layer, head, side, tok0, tok1, dst);
 }
 
+int kv_session_first_held(const kv_session *s, int layer)
+{
+    return s && layer >= 0 && layer < s->m->info.n_layers ? kv_cache_first_held(s->cache, layer) : -1;
+}
+
 int kv_session_import(kv_session *s, int n)
 {
     RETURN_ERROR_IF(!s, KV_E_ARG, "session is NULL");
