@@ -244,7 +244,7 @@ int  kv_session_mutate(kv_session *s, double seed, double share, double *n);
 const char *kv_session_paths(const kv_session *s);     /* what attention did, e.g. "k: fused avx512, v: tile" */
 
 /* Q, K, V of one layer over a text: f32, exact cache.  Any of the destinations may be NULL.
- * q: [n_heads, n, head_dim]; k, k_pre (before RoPE), v: [n_kv_heads, n, head_dim]. */
+ * q: [n_heads, n, head_dim]; k, k_pre (before RoPE), v: [n_kv_heads, n, head_dim]; layer -1: of all, [n_layers, ...]. */
 int  kv_model_tap(kv_model *m, const int32_t *tokens, int n, int layer, float *q, float *q_pre, float *k, float *k_pre, float *v);
 
 typedef struct kv_sampler_params { double temperature, top_p, seed; int top_k, reserved; } kv_sampler_params; /* temperature 0: greedy */

@@ -262,9 +262,10 @@ fail:
 
 typedef struct tap { const kv_model_info *info; int layer, n_total, start; float *q, *q_pre, *k, *k_pre, *v; } tap;
 
-static void keep(float *dst, const float *src, int n_heads, const tap *t, int n)      /* [n][heads][d] -> [heads][n_total][d] */
+static void keep(float *dst, const float *src, int n_heads, const tap *t, int layer, int n)      /* [n][heads][d] -> [heads][n_total][d] */
 {
     const size_t d = (size_t)t->info->head_dim;
+    if (dst && t->layer < 0) dst += (size_t)layer * (size_t)n_heads * (size_t)t->n_total * d;
     if (dst)
         for (int h = 0; h < n_heads; h++)
             for (int i = 0; i < n; i++)
@@ -275,18 +276,18 @@ static void on_tap(void *ctx, int lane, int layer, int n, const float *q_pre, co
 {
     (void)lane;
     const tap *t = ctx;
-    if (layer != t->layer) return;
-    keep(t->q, q, t->info->n_heads, t, n);
-    keep(t->q_pre, q_pre, t->info->n_heads, t, n);
-    keep(t->k, k, t->info->n_kv_heads, t, n);
-    keep(t->k_pre, k_pre, t->info->n_kv_heads, t, n);
-    keep(t->v, v, t->info->n_kv_heads, t, n);
+    if (t->layer >= 0 && layer != t->layer) return;
+    keep(t->q, q, t->info->n_heads, t, layer, n);
+    keep(t->q_pre, q_pre, t->info->n_heads, t, layer, n);
+    keep(t->k, k, t->info->n_kv_heads, t, layer, n);
+    keep(t->k_pre, k_pre, t->info->n_kv_heads, t, layer, n);
+    keep(t->v, v, t->info->n_kv_heads, t, layer, n);
 }
 
 int kv_model_tap(kv_model *m, const int32_t *tokens, int n, int layer, float *q, float *q_pre, float *k, float *k_pre, float *v)
 {
     RETURN_ERROR_IF(!m || !tokens, KV_E_ARG, "kv_model_tap: NULL argument");
-    RETURN_ERROR_IF(layer < 0 || layer >= m->info.n_layers, KV_E_ARG, "layer %d is outside 1..%d", layer + 1, m->info.n_layers);
+    RETURN_ERROR_IF(layer < -1 || layer >= m->info.n_layers, KV_E_ARG, "layer %d is outside 1..%d", layer + 1, m->info.n_layers);
     RETURN_ERROR_IF(n < 1 || n > 1 << 20, KV_E_ARG, "tap: %d tokens is outside 1..%d", n, 1 << 20);
     kv_session *s = NULL;
     tap t = { &m->info, layer, n, 0, q, q_pre, k, k_pre, v };

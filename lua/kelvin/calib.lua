@@ -65,7 +65,8 @@ function M.new(model, o)
     if o.on_progress then o.on_progress(chunk + 1, chunks) end
   end
   local self = wrap(model, h, o.source)
-  self.rest = {}
+  self.rest, self.first_chunk = {}, {}
+  for i = 1, context do self.first_chunk[i] = i == 1 and model.add_bos and model.bos or ids[i] end
   for i = chunks * context + 1, #ids do self.rest[i - chunks * context] = ids[i] end
   return self
 end

@@ -219,7 +219,7 @@ local function calibration(model, o)
   else
     local needs
     for _, arm in ipairs(o.arms or {}) do
-      local parsed = type(arm) == "string" and require("kelvin.arm").parse(arm) or {}     -- a policy asks with --calib
+      local parsed = require("kelvin.policy").of(arm).arm or {}     -- policies proper ask with --calib
       local needed = parsed.mean == "both" or parsed.mean == "k" or parsed.mean == "v"
       for _, side in ipairs { parsed.k, parsed.v } do needed = needed or require("kelvin.codec").new(unpack_spec(side)).needs_calibration end
       if needed then needs = needs or arm end
@@ -243,7 +243,7 @@ function commands.eval(a)
   local model = require("kelvin.model").open(a.model)
   local text = read_file(a.text, "--text")
   check.that(#a.arm + #a.policy > 0, "eval: no arm to measure: --arm ARM or --policy FILE is needed")
-  for _, arm in ipairs(a.arm) do require("kelvin.arm").parse(arm) end
+  for _, arm in ipairs(a.arm) do require("kelvin.policy").of(arm) end
   for _, path in ipairs(a.policy) do a.arm[#a.arm + 1] = policy_file(path) end
   local out
   if a.rows then

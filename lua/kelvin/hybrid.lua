@@ -68,13 +68,13 @@ local function synthetic(heads, tokens, dim, layer, stream)
 end
 
 --- Keys, values, and the queries of each K/V head's first query head.
-local function samples(model, layer, ids, tokens)
+local function samples(model, layer, taps, tokens)
   local group = model.n_heads / model.n_kv_heads
-  if not ids then
+  if not taps then
     return { k = synthetic(model.n_kv_heads, tokens, model.head_dim, layer, 1), v = synthetic(model.n_kv_heads, tokens, model.head_dim, layer, 2),
       q = tensor.randn { model.n_kv_heads, 16, model.head_dim, seed = layer, stream = 3 } }
   end
-  local x = model:tap { tokens = ids, layer = layer }
+  local x = { q = taps.q:select(1, layer), k = taps.k:select(1, layer), v = taps.v:select(1, layer) }
   local n = x.k:shape()[2]
   local first = tensor.zeros { model.n_kv_heads, math.min(16, n), model.head_dim }
   local from, to, d = x.q:_data(), first:_data(), model.head_dim
@@ -112,9 +112,10 @@ function M.choose(model, p, ids)
   local tokens = p.tokens
   local list = candidates(p.bits, p.tolerance, model.head_dim, codec.PAGE_TOKENS)
   local rows = {}
+  local taps = ids and model:tap { tokens = ids, layer = "all" }
   for l = 1, model.n_layers do
     log.progress(l / model.n_layers, ("hybrid: layer %d"):format(l))
-    local x = samples(model, l, ids, tokens)
+    local x = samples(model, l, taps, tokens)
     for _, side in ipairs { "k", "v" } do
       local exact = side == "k" and codec.new("f32"):encode(x.k):dot(x.q) or nil
       local by = {}

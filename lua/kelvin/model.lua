@@ -186,22 +186,25 @@ end
 doc("model:tap", [[
   m:tap{ text = | tokens =, layer = } -> { q, q_pre, k, k_pre, v }
   Q, K and V of one layer over a text, f32, exact cache: q [heads, tokens, dim], k and v [kv heads, tokens, dim]; *_pre before
-  RoPE.  Keys are in half-split (NeoX) channel order.  With what = "k" only that tensor.]])
+  RoPE.  Keys are in half-split (NeoX) channel order.  With what = "k" only that tensor; layer = "all": of every layer, in one
+  pass, [layers, heads, tokens, dim].]])
 function Model.__index:tap(o)
   local tensor = require "kelvin.tensor"
   local ids = o.tokens or self:tokenize(check.that(o.text, "tap: text = or tokens = is needed"))
-  self:layer(o.layer)
+  local all = o.layer == "all"
+  if not all then self:layer(o.layer) end
   local buf, n = self:_ids(ids, "tap")
   check.that(n > 0, "tap: no tokens")
   local out = {}
   for _, what in ipairs { "q", "q_pre", "k", "k_pre", "v" } do
     if not o.what or o.what == what then
-      out[what] = tensor.zeros { what:sub(1, 1) == "q" and self.n_heads or self.n_kv_heads, n, self.head_dim }
+      local heads = what:sub(1, 1) == "q" and self.n_heads or self.n_kv_heads
+      out[what] = tensor.zeros(all and { self.n_layers, heads, n, self.head_dim } or { heads, n, self.head_dim })
     end
   end
   check.that(not o.what or out[o.what], "tap: what='%s' is none of q, q_pre, k, k_pre, v", tostring(o.what))
   local function p(what) return out[what] and out[what]:_data() or nil end
-  check(C.kv_model_tap(self._m, buf, n, o.layer - 1, p "q", p "q_pre", p "k", p "k_pre", p "v"))
+  check(C.kv_model_tap(self._m, buf, n, all and -1 or o.layer - 1, p "q", p "q_pre", p "k", p "k_pre", p "v"))
   if o.what then return out[o.what] end
   return out
 end

@@ -42,9 +42,10 @@ function readers.npy(text, path)
   return size == 2 and t:to "f32" or t
 end
 
---- Text: a vector a line, numbers apart by tabs, commas or blanks.  With a first column 0, 1, 2 ... it is left out.
+--- Text: a vector a line, numbers apart by tabs, commas or blanks.  A first column 0, 1, 2 ... and a last column that counts
+-- up by one are numbers of lines, and left out.
 function readers.text(text, path)
-  local list, width, counted = {}, nil, true
+  local list, width, counted, numbered = {}, nil, true, true
   for line in text:gmatch "[^\r\n]+" do
     local v = {}
     for word in line:gmatch "[^%s,;]+" do
@@ -55,14 +56,16 @@ function readers.text(text, path)
     width = width or #v
     check.that(#v == width, "vectors '%s': line %d has %d numbers, the first has %d", path, #list + 1, #v, width)
     counted = counted and v[1] == #list
+    numbered = numbered and (#list == 0 or v[#v] == list[#list][width] + 1)
     list[#list + 1] = v
   end
   check.that(#list > 0, "vectors '%s': no vectors", path)
   local skip = counted and #list > 1 and width > 1 and 1 or 0
-  local t = tensor.zeros { #list, width - skip }
+  local last = numbered and #list > 2 and width - skip > 1 and width - 1 or width
+  local t = tensor.zeros { #list, last - skip }
   local d = t:_data()
   for i, v in ipairs(list) do
-    for j = 1 + skip, width do d[(i - 1) * (width - skip) + j - 1 - skip] = v[j] end
+    for j = 1 + skip, last do d[(i - 1) * (last - skip) + j - 1 - skip] = v[j] end
   end
   return t
 end
@@ -70,7 +73,7 @@ end
 doc("kv.index.read", [[
   kv.index.read(path) -> tensor [n, dim]
   Vectors from a file: .fvecs, .npy (f4 or f2, two dimensions), or text with a vector a line (a first column that counts from 0
-  is left out).]])
+  and a last one that counts up by one are left out).]])
 function M.read(path)
   local f, err = io.open(path, "rb")
   if not f then check.fail("vectors: %s", err) end

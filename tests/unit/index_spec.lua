@@ -119,6 +119,7 @@ describe("kv.index.read", function()
     assert.are.same(t:totable(), kv.index.read(path):totable())
     assert.are.same(t:totable(), kv.index.read(file(".tsv", "0\t1\t2.5\t-3\n1\t4\t5\t6\n")):totable())
     assert.are.same(t:totable(), kv.index.read(file(".csv", "1,2.5,-3\r\n4,5,6\r\n")):totable())
+    assert.are.same({ { 1, 2 }, { 3, 4 }, { 5, 7 } }, kv.index.read(file(".tsv", "1\t2\t100001\n3\t4\t100002\n5\t7\t100003\n")):totable())
     local head = "{'descr': '<f2', 'fortran_order': False, 'shape': (2, 3), }"
     head = head .. (" "):rep(117 - #head) .. "\n"
     local npy = "\147NUMPY\1\0" .. string.char(#head, 0) .. head .. "\0\60\0\65\0\194\0\68\0\69\0\70"
