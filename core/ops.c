@@ -7,10 +7,10 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
-/* e^x by 2^k * p(r), r in [-ln2/2, ln2/2], degree 6: relative error 2e-7; x is clamped to +-87. */
+/* e^x by 2^k * p(r), r in [-ln2/2, ln2/2], degree 6: relative error 2e-7; x is clamped to +-87, NaN to -87: k must be a number. */
 INLINE float exp_poly(float x)
 {
-    x = x < -87.0f ? -87.0f : x > 87.0f ? 87.0f : x;
+    x = x > -87.0f ? x < 87.0f ? x : 87.0f : -87.0f;
     const float k = __builtin_rintf(x * 1.44269504f);
     const float r = (x - k * 0.693359375f) - k * -2.12194440e-4f;             /* ln 2 in two parts */
     float p = 1.3981999507e-3f;                                               /* Cephes expf */

@@ -1,10 +1,12 @@
 /* test_model.c -- hostile model files: the tiny models of tests/golden with a byte changed or an end cut off either open and
  * run, or are refused in one line; never more than that.  What whole ones compute is tests/unit/tiny_models_spec.lua's. */
 #include <fcntl.h>
+#include <math.h>
 #include <string.h>
 #include <sys/stat.h>
 #include "check.h"
 #include "model.h"
+#include "ops.h"
 
 static const char *const family[] = { "qwen2", "qwen3", "llama3", "llama", "mistral", "gemma2", "gemma3", "gemma3-listed" };
 enum { CHANGES = 100, CUTS = 40, HEAD = 17000 /* bytes: keys, vocabulary and tensor descriptions of every one */ };
@@ -72,9 +74,31 @@ static void hostile(const char *name)
     free(bytes);
 }
 
+/* Weights may be anything, so activations can: NaN stays NaN, the rest stays a number of some kind, alike at every level. */
+static void test_gates(void)
+{
+    enum { N = 20 };
+    static const float odd[N] = { NAN, -NAN, INFINITY, -INFINITY, 3e38f, -3e38f, 1e-45f, 0.0f, -0.0f, 88, -88, 1, -1 };
+    for (int activation = KV_ACT_SILU; activation <= KV_ACT_GELU_TANH; activation++) {
+        float plain[N], up[N];
+        for (int level = KV_SIMD_C; level <= kv_cpu_simd_max(); level++) {
+            float x[N];
+            kv_cpu_limit(level);
+            memcpy(x, odd, sizeof x);
+            for (int i = 0; i < N; i++) up[i] = 1;
+            kv_gate(x, up, N, activation);
+            if (level == KV_SIMD_C) memcpy(plain, x, sizeof x);
+            for (int i = 0; i < N; i++) CHECK(isnan(odd[i]) ? isnan(x[i]) : x[i] == plain[i] || (isnan(x[i]) && isnan(plain[i])), "activation %d of %g at level %d: %g, plain %g", activation, (double)odd[i], level, (double)x[i], (double)plain[i]);
+        }
+        CHECK(plain[11] > 0.7f && plain[11] < 0.9f && plain[7] == 0, "activation %d: f(1)=%g, f(0)=%g", activation, (double)plain[11], (double)plain[7]);
+    }
+    kv_cpu_limit(kv_cpu_simd_max());
+}
+
 int main(void)
 {
     printf("seed %u\n", state);
+    test_gates();
     for (size_t i = 0; i < sizeof family / sizeof *family; i++) hostile(family[i]);
     return check_end();
 }
