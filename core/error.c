@@ -10,12 +10,14 @@
 
 static _Thread_local char last_error[1024];
 
+/* One line whatever a file or a caller called its things: control characters are shown as '?'. */
 int kv_set_error(int status, const char *fmt, ...)
 {
     va_list ap;
     va_start(ap, fmt);
     vsnprintf(last_error, sizeof last_error, fmt, ap);
     va_end(ap);
+    for (char *c = last_error; *c; c++) if ((unsigned char)*c < ' ' || *c == 127) *c = '?';
     return status;
 }
 
@@ -36,7 +38,12 @@ const char *kv_build_flags(void) { return KV_BUILD_FLAGS; }
 void *kv_alloc(size_t n_bytes)
 {
     void *p = NULL;
-    if (n_bytes > SIZE_MAX - 64 || posix_memalign(&p, 64, kv_round_up(n_bytes ? n_bytes : 1, 64)) != 0) {
+#ifdef KV_ALLOC_EXACT
+    const size_t unit = 1;
+#else
+    const size_t unit = 64;
+#endif
+    if (n_bytes > SIZE_MAX - 64 || posix_memalign(&p, 64, kv_round_up(n_bytes ? n_bytes : 1, unit)) != 0) {
         kv_set_error(KV_E_NOMEM, "out of memory: %zu bytes asked for", n_bytes);
         return NULL;
     }

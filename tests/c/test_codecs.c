@@ -315,6 +315,7 @@ static void test_params(void)
     refused("int", "bit=2", "codec 'int': unknown parameter 'bit' (has: bits, group, axis");
     refused("int", "bits", "'bits' is not name=value");
     refused("int", "bits=2,", "is not name=value");
+    refused("int", "bits=2,gr\nou\x1b[2Jp\x7f", "'gr?ou?[2Jp?' is not name=value");           /* one line, and nothing for the terminal to obey */
     refused("int", "axis=row", "axis=row is not one of dim|token");
     refused("int", "group=12", "group=12 is not a multiple of 8");
     refused("int", "group=128", "group=128 is more than head_dim=64");
