@@ -1,16 +1,9 @@
 /* fuzz_calib.c -- any bytes as a calibration artifact of a small geometry, as they are and with checksums, fingerprints and
  * payload length made to fit; what parses gives finite moments, tables and the same bytes when written again. */
-#include <math.h>
 #include <stdio.h>
-#include <stdlib.h>
-#include "calib.h"
+#include "fuzz.h"
 
-int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
-
-enum { D = 8, HEADER = 256, PAYLOAD_AT = 64, MODEL = 72, ROPE = 104, PAYLOAD = 168, CHECK = 224 };      /* artifact.c's byte picture */
-static const double freq[D / 2] = { 1, 0.1, 0.01, 0.001 };
-static const kv_rope rope = { D, freq };
-static const int sliding[1];
+enum { D = CALIB_D, HEADER = 256, PAYLOAD_AT = 64, MODEL = 72, ROPE = 104, PAYLOAD = 168, CHECK = 224 };      /* artifact.c's byte picture */
 
 static void put_hex(uint8_t *to, const char *hex)
 {
@@ -20,8 +13,10 @@ static void put_hex(uint8_t *to, const char *hex)
 static void parse(kv_model *m, const uint8_t *data, size_t n)
 {
     kv_calib *c;
-    if (kv_calib_parse(&c, m, data, n, "fuzz") < 0) {
-        if (c || strchr(kv_last_error(), '\n')) abort();
+    const int status = kv_calib_parse(&c, m, data, n, "fuzz");
+    if (status < 0) {
+        if (c) abort();
+        refused(status);
         return;
     }
     for (int side = 0; side < 2; side++) {
@@ -47,8 +42,8 @@ static void parse(kv_model *m, const uint8_t *data, size_t n)
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
-    kv_model m = { .info = { .n_layers = 1, .n_heads = 1, .n_kv_heads = 1, .head_dim = D }, .geo = { 1, 1, 1, D, &rope, sliding } };
-    atomic_init(&m.refs, 1 << 20);
+    kv_model m;
+    calib_model(&m);
     parse(&m, data, size);
     if (size < HEADER) return 0;
     uint8_t *x = malloc(size);

@@ -1,9 +1,4 @@
-/* fuzz_gguf.c -- any bytes through kv_gguf_parse, then every accessor of what parsed, then rows of every tensor.
- *
- *   make FLAVOUR=fuzz CC=clang objects of core/, then
- *   clang -fsanitize=fuzzer,address,undefined -std=c11 -D_GNU_SOURCE -Icore tests/fuzz/fuzz_gguf.c $(find build/fuzz/core -name '*.o') \
- *       $(pkg-config --libs openblas libcjson libpcre2-8 libedit) -lm -ldl -pthread -o build/fuzz/fuzz_gguf
- *   luajit tests/fuzz/make_gguf_seeds.lua SEEDS && build/fuzz/fuzz_gguf -max_len=4096 -rss_limit_mb=512 CORPUS SEEDS */
+/* fuzz_gguf.c -- any bytes through kv_gguf_parse, then every accessor of what parsed, then rows of every tensor. */
 #include <stdlib.h>
 #include <string.h>
 #include "model.h"
@@ -27,7 +22,7 @@ static void touch_tensor(const kv_gguf_tensor *t)
         kv_weight_rows(&w, w.n_out - 1, 1, row);
         for (int64_t i = 0; i < w.n_in; i++) row[i] = 1;
         kv_act_set(&a, row, w.n_in);
-        kv_matvec(&(kv_weight){ w.type, w.n_in, 1, w.row_bytes, w.data, NULL }, &a, 0, 1, y);
+        kv_matvec(&(kv_weight){ .type = w.type, .n_in = w.n_in, .n_out = 1, .row_bytes = w.row_bytes, .data = w.data }, &a, 0, 1, y);
     }
     kv_act_free(&a);
     kv_free(row);
