@@ -1,31 +1,41 @@
 --- kelvin.hybrid: per layer, K/V head and side the better of TurboAngle and TurboQuant (and their fused forms) at matched
--- stored bits, judged on vectors that the model made or on synthetic ones; and policies from a saved choice.
+-- stored bits, judged on vectors that the model made or on synthetic ones (kelvin.judge); and policies from a saved choice.
 --
---    keys    score = rel_mse(k) + rel_mse(q k^T)      values   score = rel_mse(v)
+--    budget = slot   each slot the least score among candidates of at most `bits`, the dearest of each kind
+--    budget = mean   candidates of all rates; the least sum of weight x score whose mean is at most `bits`:
+--                    each slot the least of weight x score + lambda x bits (Lagrange), lambda by bisection, and what is
+--                    left over to the slots that gain most a bit
+--
+-- weight is 1, or (weigh = kld) the model's KL divergence with that layer's side alone coded, over its score: what an error
+-- there costs at the output.
 
 local codec = require "kelvin.codec"
 local check = require "kelvin.check"
-local compare = require("kelvin.compare").compare
 local json = require "kelvin.json"
+local judge = require "kelvin.judge"
 local log = require "kelvin.log"
 local policy = require "kelvin.policy"
-local tensor = require "kelvin.tensor"
 local doc = require("kelvin.help").doc
 
 local M = {}
 
 M.SYNTHETIC = "judged on synthetic vectors: not a choice for this model, calibrate on its own keys and values (source=captured)"
-local OUTLIERS, OUTLIER_GAIN, TAIL = 2, 6, 0.3       -- channels made large, by how much, and the strength of a common heavy tail
 
---- Every setting that costs at most bits + tolerance, the dearest of each kind; cheaper decoding first, for ties.
-local function candidates(bits, tolerance, head_dim, page_tokens)
+local SPREAD, STEP = 2, 0.5     -- budget = mean: candidates from so many bits below the budget to as many above, TurboAngle's so far apart
+
+--- The settings to choose among: the dearest of each kind that cost at most bits + tolerance, or, with `rates`, all near
+-- the budget; cheaper decoding first, for ties.
+local function candidates(bits, tolerance, head_dim, page_tokens, rates)
   local out = {}
   local function cost(c, side) return c:info_for(head_dim, page_tokens, side).bits_payload end
   local function add(kind, list)
-    local best
+    local best, seen = nil, {}
     for _, c in ipairs(list) do
       local b = math.max(cost(c, "k"), cost(c, "v"))
-      if b <= bits + tolerance and (not best or b > best.bits) then best = { kind = kind, codec = c, bits = b } end
+      if rates then
+        if not seen[b] and math.abs(b - bits) <= SPREAD then out[#out + 1] = { kind = kind, codec = c, bits = b } end
+        seen[b] = true
+      elseif b <= bits + tolerance and (not best or b > best.bits) then best = { kind = kind, codec = c, bits = b } end
     end
     if best then out[#out + 1] = best end
   end
@@ -42,7 +52,9 @@ local function candidates(bits, tolerance, head_dim, page_tokens)
   for _, norm in ipairs { "matched", "lsq" } do add("turboquant", each("scalar", "bits", all, { norm = norm })) end
   for _, norm in ipairs { "lin", "log", "lloyd" } do
     local list = {}
-    for _, aim in ipairs { bits + tolerance, bits, bits - tolerance, bits - 0.1, bits - 0.25 } do
+    local aims = { bits + tolerance, bits, bits - tolerance, bits - 0.1, bits - 0.25 }
+    for d = rates and -SPREAD or 1, rates and SPREAD or 0, STEP do aims[#aims + 1] = bits + d end
+    for _, aim in ipairs(aims) do
       if aim > 0 then list[#list + 1] = codec.new("polar", { norm = norm }):fit_bits(aim, { head_dim = head_dim }) end
     end
     add(norm == "lloyd" and "turboangle-lloyd" or "turboangle", list)
@@ -53,96 +65,138 @@ local function candidates(bits, tolerance, head_dim, page_tokens)
   return out
 end
 
---- Gaussian rows with a few large channels and a heavy tail common to a row.
-local function synthetic(heads, tokens, dim, layer, stream)
-  local t = tensor.randn { heads, tokens, dim, seed = layer, stream = stream }
-  local tail = tensor.randn { heads, tokens, seed = layer, stream = stream + 16 }
-  local x, z = t:_data(), tail:_data()
-  for h = 0, heads - 1 do
-    for i = 0, tokens - 1 do
-      local row, gain = (h * tokens + i) * dim, math.exp(TAIL * z[h * tokens + i])
-      for j = 0, dim - 1 do x[row + j] = x[row + j] * gain * ((j * 7 + h * 3 + layer) % dim < OUTLIERS and OUTLIER_GAIN or 1) end
+--- Scores by candidate and slot: by[i][h]; one slot a layer where heads are not told apart.
+local function score_all(list, x, side, p)
+  local by = {}
+  for i, c in ipairs(list) do
+    by[i] = judge.scores(x, c.codec, side, p.judge)
+    if p.per == "layer" then
+      local sum = 0
+      for _, s in ipairs(by[i]) do sum = sum + s end
+      by[i] = { sum / #by[i] }
     end
   end
-  return t
+  return by
 end
 
---- Keys, values, and the queries of each K/V head's first query head.
-local function samples(model, layer, taps, tokens)
-  local group = model.n_heads / model.n_kv_heads
-  if not taps then
-    return { k = synthetic(model.n_kv_heads, tokens, model.head_dim, layer, 1), v = synthetic(model.n_kv_heads, tokens, model.head_dim, layer, 2),
-      q = tensor.randn { model.n_kv_heads, 16, model.head_dim, seed = layer, stream = 3 } }
-  end
-  local x = { q = taps.q:select(1, layer), k = taps.k:select(1, layer), v = taps.v:select(1, layer) }
-  local n = x.k:shape()[2]
-  local first = tensor.zeros { model.n_kv_heads, math.min(16, n), model.head_dim }
-  local from, to, d = x.q:_data(), first:_data(), model.head_dim
-  local rows = first:shape()[2]
-  for h = 0, model.n_kv_heads - 1 do
-    for i = 0, rows - 1 do                                             -- spread over the text
-      local src, dst = (h * group * n + math.floor((i + 0.5) * n / rows)) * d, (h * rows + i) * d
-      for j = 0, d - 1 do to[dst + j] = from[src + j] end
+--- weights[l][side]: KL divergence of the model over `ids` with one layer's side coded, over the judge's score of that.
+local function sensitivity(model, ids, p, layers)
+  local ref = codec.new("scalar", { bits = math.max(1, math.floor(p.bits) - 1) })      -- a bit less: the effect is clear of rounding
+  local arms, score = {}, {}
+  for l = 1, model.n_layers do
+    for _, side in ipairs { "k", "v" } do
+      local y = {}
+      for i = 1, model.n_layers do y[i] = { k = "f32", v = "f32", exact = "f32", sink = p.sink, recent = p.recent } end
+      y[l][side] = ref
+      arms[#arms + 1] = policy.new { name = ("layer %d %s"):format(l, side), plan = function() return y end }
+      local sum = 0
+      for _, s in ipairs(judge.scores(layers[l], ref, side, p.judge)) do sum = sum + s end
+      score[#arms] = sum / model.n_kv_heads
     end
   end
-  return { k = x.k, v = x.v, q = first }
-end
-
-local function head(t, h) return t:slice(1, h, h) end
-
---- Scores of one candidate, by head.
-local function scores(c, x, side, exact)
-  local block = c.codec:encode(x[side], { side = side })
-  local y = block:decode()
-  local dots = side == "k" and block:dot(x.q) or nil
+  local rows = require("kelvin.eval").run { model = model, tokens = ids, context = #ids, chunks = 1, score = "all", arms = arms, controls = false,
+    on_progress = function(share) log.progress(share, "hybrid: what each layer costs") end }
+  check.that(not rows.interrupted, "interrupted")
   local out = {}
-  for h = 1, x[side]:shape()[1] do
-    out[h] = compare(head(x[side], h), head(y, h)).rel_mse + (dots and compare(head(exact, h), head(dots, h)).rel_mse or 0)
+  for l = 1, model.n_layers do
+    out[l] = {}
+    for i, side in ipairs { "k", "v" } do
+      local at = 2 * (l - 1) + i
+      out[l][side] = score[at] > 0 and math.max(0, rows[at].kld.mean) / score[at] or 0
+    end
   end
   return out
 end
 
+--- For each slot { score = {...}, weight = } the candidate (number) of the least sum with a mean of at most `most` bits.
+local function least_sum(list, slots, most)
+  local function pick(lambda)
+    local bits = 0
+    for _, s in ipairs(slots) do
+      local least
+      for i, c in ipairs(list) do
+        local cost = s.weight * s.score[i] + lambda * c.bits
+        if not least or cost < least or (cost == least and c.bits < list[s.pick].bits) then least, s.pick = cost, i end
+      end
+      bits = bits + list[s.pick].bits
+    end
+    return bits
+  end
+  local room, hi = most * #slots + 1e-9, 1
+  while pick(hi) > room do
+    hi = hi * 2
+    check.that(hi < 2 ^ 200, "policy 'hybrid': a mean of %g bits is less than the cheapest codec here takes", most)
+  end
+  local lo = 0
+  for _ = 1, 60 do
+    local mid = (lo + hi) / 2
+    if pick(mid) <= room then hi = mid else lo = mid end
+  end
+  local bits = pick(hi)
+  while true do                                       -- what is left: the most gain a bit that still fits
+    local best, to, gain
+    for _, s in ipairs(slots) do
+      for i, c in ipairs(list) do
+        local more, less = c.bits - list[s.pick].bits, s.weight * (s.score[s.pick] - s.score[i])
+        if more > 0 and less > 0 and bits + more <= room and (not gain or less / more > gain) then best, to, gain = s, i, less / more end
+      end
+    end
+    if not best then return end
+    bits = bits + list[to].bits - list[best.pick].bits
+    best.pick = to
+  end
+end
+
 doc("kv.policy.hybrid", [[
-  kv.policy.hybrid { bits = 4.25, source = "captured", per = "head", tokens = 256, tolerance = 0.02, text = "", save = "", sink = 0, recent = 0 } -> policy
-  Per layer, side and K/V head (or per = "layer") the codec with the least error among TurboAngle, TurboQuant and fused settings
-  that store at most bits + tolerance per element.  source: captured (keys and values of the calibration's first chunk, or of the
-  file `text`) or synthetic (needs nothing; says nothing about a model).  save: a JSON file with every choice and what it beat,
-  which kv.policy.saved { file = } reads.  As arms: policy=hybrid:bits=4.25,sink=4  policy=saved:file=choice.json]])
+  kv.policy.hybrid { bits = 4.25, source = "captured", judge = "vector", budget = "slot", weigh = "none", per = "head", tokens = 256,
+    tolerance = 0.02, text = "", save = "", sink = 0, recent = 0 } -> policy
+  Per layer, side and K/V head (or per = "layer") the codec with the least error among TurboAngle, TurboQuant and fused settings.
+  source: captured (keys and values of the calibration's first chunk, or of the file `text`) or synthetic (needs nothing; says
+  nothing about a model).  judge: vector (errors of keys, values and scores), attention (error of the attention's output) or kl
+  (of its weights; values as attention).  budget: slot (each at most bits + tolerance) or mean (bits go where they help most).
+  weigh = "kld", with budget = "mean": errors count by what the layer's do to the model's output.  save: a JSON file with every
+  choice and what it beat, which kv.policy.saved { file = } reads.
+  As arms: policy=hybrid:bits=4.25,sink=4  policy=hybrid:judge=attention:budget=mean:weigh=kld  policy=saved:file=choice.json]])
 function M.choose(model, p, ids)
-  local tokens = p.tokens
-  local list = candidates(p.bits, p.tolerance, model.head_dim, codec.PAGE_TOKENS)
-  local rows = {}
+  p = setmetatable({ judge = p.judge or "vector", budget = p.budget or "slot", weigh = p.weigh or "none" }, { __index = p })
+  local list = candidates(p.bits, p.tolerance, model.head_dim, codec.PAGE_TOKENS, p.budget == "mean")
   local taps = ids and model:tap { tokens = ids, layer = "all" }
+  local layers, slots = {}, {}
   for l = 1, model.n_layers do
     log.progress(l / model.n_layers, ("hybrid: layer %d"):format(l))
-    local x = samples(model, l, taps, tokens)
+    layers[l] = judge.layer(model, l, taps, p)
     for _, side in ipairs { "k", "v" } do
-      local exact = side == "k" and codec.new("f32"):encode(x.k):dot(x.q) or nil
-      local by = {}
-      for i, c in ipairs(list) do by[i] = scores(c, x, side, exact) end
-      if p.per == "layer" then
-        for i in ipairs(list) do
-          local sum = 0
-          for _, s in ipairs(by[i]) do sum = sum + s end
-          by[i] = { sum / #by[i] }
-        end
-      end
+      local by = score_all(list, layers[l], side, p)
       for h = 1, #by[1] do
-        local best, others = 1, {}
-        for i, c in ipairs(list) do
-          if by[i][h] < by[best][h] then best = i end
-          others[c.kind] = math.min(others[c.kind] or math.huge, by[i][h])
+        local s = { layer = l, side = side, head = p.per == "layer" and 0 or h, weight = 1, score = {}, pick = 1 }
+        for i in ipairs(list) do
+          s.score[i] = by[i][h]
+          if s.score[i] < s.score[s.pick] then s.pick = i end
         end
-        local c = list[best]
-        rows[#rows + 1] = { layer = l, side = side, head = p.per == "layer" and 0 or h, kind = c.kind, family = c.codec.family,
-          params = c.codec:info_for(model.head_dim, codec.PAGE_TOKENS, side).params, bits = c.codec:info_for(model.head_dim, codec.PAGE_TOKENS, side).bits_payload,
-          score = by[best][h], least = others }
+        slots[#slots + 1] = s
       end
     end
   end
+  if p.weigh == "kld" then
+    local weights = sensitivity(model, ids, p, layers)
+    for _, s in ipairs(slots) do s.weight = weights[s.layer][s.side] end
+  end
+  if p.budget == "mean" then least_sum(list, slots, p.bits) end
   log.clear()
-  return { policy = "hybrid", model = model.name, n_layers = model.n_layers, n_kv_heads = model.n_kv_heads, head_dim = model.head_dim, bits = p.bits,
-    source = ids and "captured" or "synthetic", caveat = not ids and M.SYNTHETIC or nil, tokens = ids and #ids or tokens, rows = rows }
+  local rows, total = {}, 0
+  for n, s in ipairs(slots) do
+    local c, others = list[s.pick], {}
+    for i, other in ipairs(list) do
+      if other.bits <= c.bits + p.tolerance then others[other.kind] = math.min(others[other.kind] or math.huge, s.score[i]) end
+    end
+    local info = c.codec:info_for(model.head_dim, codec.PAGE_TOKENS, s.side)
+    rows[n] = { layer = s.layer, side = s.side, head = s.head, kind = c.kind, family = c.codec.family, params = info.params, bits = info.bits_payload,
+      score = s.score[s.pick], weight = s.weight, least = others }
+    total = total + info.bits_payload
+  end
+  return { policy = "hybrid", model = model.name, n_layers = model.n_layers, n_kv_heads = model.n_kv_heads, head_dim = model.head_dim, bits = p.bits, mean_bits = total / #rows,
+    judge = p.judge, budget = p.budget, weigh = p.weigh, sink = p.sink or 0, recent = p.recent or 0,
+    source = ids and "captured" or "synthetic", caveat = not ids and M.SYNTHETIC or nil, tokens = ids and #ids or p.tokens, rows = rows }
 end
 
 --- layers[l] of a choice.
@@ -186,16 +240,22 @@ M.hybrid = policy.new {
     bits = { default = 4.25, min = 1, max = 16, about = "stored bits per element of every slot" },
     tolerance = { default = 0.02, min = 0, max = 1, about = "how much more a candidate may cost" },
     source = { default = "captured", about = "captured or synthetic" }, per = { default = "head", about = "head or layer" },
+    judge = { default = "vector", about = "vector, attention or kl" }, budget = { default = "slot", about = "slot or mean" },
+    weigh = { default = "none", about = "none or kld: what a layer's errors do to the output" },
     tokens = { default = 256, min = 32, max = 4096, about = "to judge by" }, text = { default = "", about = "file to capture from" },
     save = { default = "", about = "file for the choice" },
   },
   plan = function(p, model)
     check.that(p.per == "head" or p.per == "layer", "policy 'hybrid': per=%s is none of head, layer", p.per)
+    check.that(judge.judges[p.judge], "policy 'hybrid': judge=%s is none of attention, kl, vector", p.judge)
+    check.that(p.budget == "slot" or p.budget == "mean", "policy 'hybrid': budget=%s is none of mean, slot", p.budget)
+    check.that(p.weigh == "none" or p.weigh == "kld", "policy 'hybrid': weigh=%s is none of kld, none", p.weigh)
+    check.that(p.weigh == "none" or p.budget == "mean" and p.source == "captured", "policy 'hybrid': weigh=kld needs budget=mean and source=captured")
     local choice = M.choose(model, p, tokens_of(p, model))
     if choice.caveat then log.warn("hybrid: %s", choice.caveat) end
     local count, slots = {}, 0
     for _, r in ipairs(choice.rows) do count[r.kind], slots = (count[r.kind] or 0) + 1, slots + 1 end
-    log.info("hybrid at %.3g bits (%s), %d slots: turboquant %d, turboangle %d, turboangle with Lloyd-Max radii %d, fused %d", p.bits, choice.source, slots,
+    log.info("hybrid at %.3g bits (%s, judged by %s), mean %.3f, %d slots: turboquant %d, turboangle %d, turboangle with Lloyd-Max radii %d, fused %d", p.bits, choice.source, p.judge, choice.mean_bits, slots,
       count.turboquant or 0, count.turboangle or 0, count["turboangle-lloyd"] or 0, count.fused or 0)
     if p.save ~= "" then
       local f, err = io.open(p.save, "wb")

@@ -88,6 +88,57 @@ describe("kv.policy.hybrid", function()
     os.remove(path)
   end)
 
+  it("judges attention's output and weights: 0 for exact codecs and exact tokens, less with more bits", function()
+    local judge = require "kelvin.judge"
+    local x = judge.layer(m, 1, nil, { tokens = 48 })
+    for _, name in ipairs { "vector", "attention", "kl" } do
+      for _, side in ipairs { "k", "v" } do
+        local before
+        for _, bits in ipairs { 2, 4, 6 } do
+          local s = judge.scores(x, kv.codec("turboquant", { bits = bits }), side, name)
+          assert.are.equal(2, #s)
+          assert.is_true(s[1] > 0 and (not before or s[1] < before), name .. side)
+          before = s[1]
+        end
+        H.close(judge.scores(x, kv.codec "f32", side, name)[2], 0, name == "vector" and 1e-9 or 1e-11)
+      end
+    end
+    local kept = judge.layer(m, 1, nil, { tokens = 48, sink = 48 })
+    for _, side in ipairs { "k", "v" } do H.close(judge.scores(kept, kv.codec "turboquant-2", side, "attention")[1], 0, 1e-11) end
+    assert.matches("judge 'x' is none of attention, kl, vector", H.fails(judge.scores, x, kv.codec "f32", "k", "x"))
+  end)
+
+  it("spends a mean of bits where they help most", function()
+    local o = { bits = 4.25, tolerance = .02, tokens = 48, per = "head", judge = "attention" }
+    local function total(choice)
+      local sum = 0
+      for _, r in ipairs(choice.rows) do sum = sum + r.score end
+      return sum
+    end
+    local each = require("kelvin.hybrid").choose(m, o)
+    o.budget = "mean"
+    local mean = require("kelvin.hybrid").choose(m, o)
+    assert.is_true(mean.mean_bits <= 4.25 + 1e-9 and mean.mean_bits > 4)
+    assert.is_true(total(mean) < total(each))
+    assert.matches("a mean of 0.01 bits is less than", H.fails(resolve, kv.policy.hybrid { source = "synthetic", bits = 1, tokens = 32, budget = "mean", tolerance = 0 }, m):gsub("of 1 bits", "of 0.01 bits"))
+  end)
+
+  it("judges a model's own keys and values, and what its layers' errors do to the output", function()
+    local model = H.kv.model(H.root .. "/tests/golden/tiny/llama.gguf")
+    local ids = {}
+    for i = 1, 80 do ids[i] = 3 + (i * 37 + i * i) % (model.n_vocab - 3) end
+    local calib = model:calibrate { tokens = ids, context = 40, chunks = 1 }
+    local path = H.temporary ".json"
+    local plan = resolve(kv.policy.hybrid { bits = 4.5, judge = "attention", budget = "mean", weigh = "kld", save = path, sink = 2 }, model, { calib = calib })
+    local choice = kv.json.decode(io.open(path):read "*a", "choice")
+    assert.are.same({ "captured", 40, "attention", "mean", "kld" }, { choice.source, choice.tokens, choice.judge, choice.budget, choice.weigh })
+    assert.is_true(choice.rows[1].weight > 0)
+    assert.is_true(plan.bits_payload.mean <= 4.5 + 1e-9)
+    assert.matches("weigh=kld needs budget=mean and source=captured", H.fails(resolve, "policy=hybrid:weigh=kld", model, { calib = calib }))
+    assert.matches("judge=x is none of attention, kl, vector", H.fails(resolve, "policy=hybrid:judge=x", model, { calib = calib }))
+    assert.matches("budget=x is none of mean, slot", H.fails(resolve, "policy=hybrid:budget=x", model, { calib = calib }))
+  end)
+
   it("needs a text to judge on captured vectors", function()
     assert.matches("source=captured needs a text", H.fails(resolve, "policy=hybrid", m))
     assert.matches("no codec here fits bits=1 ", H.fails(resolve, "policy=hybrid:bits=1:source=synthetic:tolerance=0", m))
