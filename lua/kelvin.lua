@@ -7,7 +7,7 @@ local M = { _VERSION = "0.1" }
 -- public name -> { module, field }; without a field the module itself is the value.
 local where = {
   tensor = { "kelvin.tensor" }, codec = { "kelvin.codec" }, codecs = { "kelvin.codec", "list" },
-  compare = { "kelvin.compare", "compare" }, policy = { "kelvin.policy" }, fit_budget = { "kelvin.policy", "fit_budget" },
+  compare = { "kelvin.compare", "compare" }, policy = { "kelvin.policy" }, policies = { "kelvin.policies" }, fit_budget = { "kelvin.policy", "fit_budget" },
   plan = { "kelvin.plan" }, model = { "kelvin.model" }, calib = { "kelvin.calib" }, calibrate = { "kelvin.calib", "calibrate" }, eval = { "kelvin.eval" },
   kvtc = { "kelvin.kvtc" }, offload = { "kelvin.kvtc", "offload" },
   experiment = { "kelvin.experiment" }, table = { "kelvin.experiment", "table" }, plot = { "kelvin.experiment", "plot" },

@@ -69,6 +69,14 @@ local function parser()
   codecs:option("--dim", "head_dim that bytes are told at (default 64)."):convert(positive "--dim"):argname "N"
   codecs:option("--page-tokens", "Tokens of a page (default 64)."):convert(positive "--page-tokens"):argname "N"
 
+  local policies = p:command("policies", "List policies and layer presets, describe one, or show the plan that one makes for a model.",
+    "Examples: kelvin policies; kelvin policies mistral-7b; kelvin policies mixedkv:early=8,sink=4 --model smollm2-135m")
+  policies:argument("name", "A policy or preset; with --model: a policy with parameters, a FILE.lua, or any arm."):args "?":argname "NAME"
+  policies:option("--model", "A model's name or a .gguf file; without NAME: the preset that fits it."):argname "MODEL"
+  policies:option("--calib", "Text that policies judge or calibrate by."):argname "FILE"
+  policies:option("--artifact", "Calibration of `kelvin calibrate` instead."):argname "FILE"
+  policies:option("--context", "Tokens that budgets are met at."):convert(positive "--context"):default "2048":argname "N"
+
   local models = p:command("models", "List models, describe one, or fetch one.", "Examples: kelvin models; kelvin models smollm2-135m; kelvin models get smollm2-135m")
   models:argument("what", "A model to describe; or `get` and its name."):args "?":argname "NAME | get"
   models:argument("name", "The model to get."):args "?":argname "NAME"
@@ -187,15 +195,6 @@ local function read_file(path, what)
   return text
 end
 
---- A policy from a Lua file.
-local function policy_file(path)
-  local f, err = loadfile(path)
-  if not f then check.fail("--policy: %s", err) end
-  local p = f()
-  if not require("kelvin.policy").is(p) then check.fail("--policy: '%s' returns a %s, kv.policy{...} is needed", path, type(p)) end
-  return p
-end
-
 local DEFAULT_CALIB = "jargon"
 
 local function unpack_spec(spec)
@@ -244,7 +243,7 @@ function commands.eval(a)
   local text = read_file(a.text, "--text")
   check.that(#a.arm + #a.policy > 0, "eval: no arm to measure: --arm ARM or --policy FILE is needed")
   for _, arm in ipairs(a.arm) do require("kelvin.policy").of(arm) end
-  for _, path in ipairs(a.policy) do a.arm[#a.arm + 1] = policy_file(path) end
+  for _, path in ipairs(a.policy) do a.arm[#a.arm + 1] = require("kelvin.policy").file(path) end
   local out
   if a.rows then
     local err
@@ -318,7 +317,7 @@ function commands.doctor() return require("kelvin.doctor").main() end
 function commands.chat(a)
   check.that(not (a.policy and a.arm), "chat: --policy %s and --arm %s: one of them", a.policy, a.arm)
   check.that(not (a.raw and a.system), "chat: --system needs the chat template that --raw leaves out")
-  a.policy = a.policy and policy_file(a.policy)
+  a.policy = a.policy and require("kelvin.policy").file(a.policy)
   return require("kelvin.chat").main(a, calibration)
 end
 function commands.index(a) return require("kelvin.index").main(a) end
@@ -351,6 +350,8 @@ function commands.codecs(a)
   print(tostring(a.name and codec.describe(a.name, { head_dim = a.dim, page_tokens = a.page_tokens }) or codec.list()))
   return 0
 end
+
+function commands.policies(a) return require("kelvin.policies").main(a, calibration) end
 
 function commands.models(a)
   local models = require "kelvin.model"

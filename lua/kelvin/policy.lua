@@ -156,7 +156,20 @@ end
 -- Policies by name, each a module that makes it.
 local named = { mixedkv = "kelvin.mixedkv", hybrid = "kelvin.hybrid", saved = "kelvin.hybrid" }
 
---- policy=NAME:PARAM=VALUE:...,PARAM=VALUE,... as that policy with these parameters; defaults: of parameters that it has.
+--- Names of the policies that have one, sorted.
+function M._named() return sorted_keys(named) end
+
+--- A policy from a Lua file that returns one.
+function M.file(path)
+  local f, err = loadfile(path)
+  check.that(f, "policy: %s", err)
+  local p = f()
+  check.that(M.is(p), "policy: '%s' returns a %s, kv.policy{...} is needed", path, type(p))
+  return p
+end
+
+--- policy=NAME:PARAM=VALUE:...,PARAM=VALUE,... as that policy (FILE.lua: the one that the file returns) with these parameters;
+-- defaults: of parameters that it has.
 local function by_text(text, defaults)
   local given, name = {}, nil
   for item in text:gsub("%s+", ""):gmatch "[^,:]+" do
@@ -164,8 +177,8 @@ local function by_text(text, defaults)
     check.that(key, "arm '%s': '%s' is not PARAM=VALUE", text, item)
     if key == "policy" and not name then name = value else given[key] = tonumber(value) or value end
   end
-  check.that(named[name], "arm '%s': policy '%s' is unknown; known: %s", text, tostring(name), table.concat(sorted_keys(named), ", "))
-  local policy = M[name]
+  check.that(named[name] or (name or ""):find "%.lua$", "arm '%s': policy '%s' is unknown; known: %s, or a FILE.lua", text, tostring(name), table.concat(sorted_keys(named), ", "))
+  local policy = named[name] and M[name] or M.file(name)
   for key, value in pairs(defaults or {}) do
     if policy.params[key] and given[key] == nil then given[key] = value end
   end
