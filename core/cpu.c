@@ -2,16 +2,23 @@
  *
  * A level is all of its instructions or nothing: KV_AVX512 functions use AVX-512 F, BW, VL, DQ and VNNI together, so a
  * processor without VNNI counts as AVX2.  __builtin_cpu_supports also asks the operating system (XGETBV) whether it
- * saves the wide registers. */
+ * saves the wide registers.  AMX stands beside the levels: its tiles serve the products of prefill alone (amx.c), and the
+ * system must be asked for their state. */
 #include <cpuid.h>
 #include <immintrin.h>
 #include <pthread.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#include "amx.h"
 #include "model.h"
+
+enum { REQUEST_STATE = 0x1023, TILE_DATA = 18 };          /* arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) */
 
 static pthread_once_t once = PTHREAD_ONCE_INIT;
 static int  level_max;                        /* written once under `once` */
+static bool has_amx;
 static char name[64];
-static atomic_int limit = KV_SIMD_AVX512;
+static atomic_int limit = KV_SIMD_AMX;
 
 static void detect(void)
 {
@@ -23,6 +30,11 @@ static void detect(void)
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
     level_max = avx512 ? KV_SIMD_AVX512 : avx2 ? KV_SIMD_AVX2 : KV_SIMD_C;
+
+    unsigned seven[4] = { 0 }, seven1[4] = { 0 };          /* AMX_BF16 and AMX_TILE; AVX512_BF16 packs for them */
+    has_amx = avx512 && __get_cpuid_count(7, 0, &seven[0], &seven[1], &seven[2], &seven[3]) && (seven[3] >> 22 & seven[3] >> 24 & 1) &&
+              __get_cpuid_count(7, 1, &seven1[0], &seven1[1], &seven1[2], &seven1[3]) && (seven1[0] >> 5 & 1) &&
+              syscall(SYS_arch_prctl, REQUEST_STATE, TILE_DATA) == 0;
 
     unsigned r[12] = { 0 };                   /* the brand string: CPUID 0x80000002..4 */
     if ((unsigned)__get_cpuid_max(0x80000000u, NULL) >= 0x80000004u)
@@ -47,9 +59,17 @@ int kv_cpu_simd(void) { return kv_min(kv_cpu_simd_max(), atomic_load_explicit(&l
 
 int kv_cpu_limit(int level)
 {
-    atomic_store(&limit, kv_max(KV_SIMD_C, kv_min(level, KV_SIMD_AVX512)));
+    atomic_store(&limit, kv_max(KV_SIMD_C, kv_min(level, KV_SIMD_AMX)));
     return kv_cpu_simd();
 }
+
+bool kv_amx(void)
+{
+    pthread_once(&once, detect);
+    return has_amx && atomic_load_explicit(&limit, memory_order_relaxed) >= KV_SIMD_AMX;
+}
+
+int kv_cpu_amx(void) { return kv_amx(); }
 
 const char *kv_cpu_name(void)
 {

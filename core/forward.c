@@ -17,7 +17,7 @@ struct kv_forward {
     lane     *lane;
     kv_cache **cache;
     const float **in;                  /* [n_lanes] scratch for kv_linear */
-    float   **out;
+    float   **out;                     /* [KV_MAX_PRODUCTS][n_lanes] */
     float    *cosine, *sine;           /* [2][max_n][n_rot/2]: tables of the two RoPE bases */
     const double *table_freq[2];
     kv_tap_fn tap;
@@ -61,7 +61,7 @@ int kv_forward_new(kv_forward **out, kv_model *m, int n_lanes, int max_n)
     f->lane = kv_alloc_array((size_t)n_lanes, sizeof *f->lane, true);
     f->cache = kv_alloc_array((size_t)n_lanes, sizeof *f->cache, true);
     f->in = kv_alloc_array((size_t)n_lanes, sizeof *f->in, true);
-    f->out = kv_alloc_array((size_t)n_lanes, sizeof *f->out, true);
+    f->out = kv_alloc_array((size_t)n_lanes * KV_MAX_PRODUCTS, sizeof *f->out, true);
     f->cosine = kv_alloc_array(2 * table, sizeof(float), false);
     f->sine = kv_alloc_array(2 * table, sizeof(float), false);
     if (!f->lane || !f->cache || !f->in || !f->out || !f->cosine || !f->sine) goto fail;
@@ -192,7 +192,7 @@ static void rows(kv_forward *f, int what, const kv_layer *y)
 /* ---- products */
 
 typedef struct product { const kv_weight *w; const float *bias; size_t out; } product;    /* out: offset of the buffer in lane */
-typedef struct decode_job { kv_forward *f; const product *p; int n_products, first_task[4]; } decode_job;
+typedef struct decode_job { kv_forward *f; const product *p; int n_products, first_task[KV_MAX_PRODUCTS]; } decode_job;
 
 static float *lane_buffer(lane *l, size_t offset) { return *(float **)(void *)((char *)l + offset); }
 
@@ -215,14 +215,14 @@ static void decode_task(void *ctx, int task, int thread)
 static int multiply(kv_forward *f, const product *p, int n_products, size_t in)
 {
     if (f->n > 1) {
+        kv_product all[KV_MAX_PRODUCTS];
+        for (int l = 0; l < f->n_lanes; l++) f->in[l] = lane_buffer(&f->lane[l], in);
         for (int i = 0; i < n_products; i++) {
-            for (int l = 0; l < f->n_lanes; l++) {
-                f->in[l] = lane_buffer(&f->lane[l], in);
-                f->out[l] = lane_buffer(&f->lane[l], p[i].out);
-            }
-            FORWARD_IF_ERROR(kv_linear(p[i].w, f->n_lanes, f->n, f->in, f->out, p[i].bias));
+            float **const y = f->out + (size_t)i * (size_t)f->n_lanes;
+            for (int l = 0; l < f->n_lanes; l++) y[l] = lane_buffer(&f->lane[l], p[i].out);
+            all[i] = (kv_product){ p[i].w, p[i].bias, y };
         }
-        return KV_OK;
+        return kv_linear(all, n_products, f->n_lanes, f->n, f->in);
     }
     decode_job j = { .f = f, .p = p, .n_products = n_products };
     int n_tasks = 0;
@@ -343,7 +343,8 @@ int kv_logits(const kv_model *m, const float *hidden, int n, float *logits)
         kv_parallel((m->info.n_vocab + HEAD_ROWS - 1) / HEAD_ROWS, head_task, &j);
         kv_act_free(&act);
     } else {
-        FORWARD_IF_ERROR(kv_linear(&m->head, 1, n, &hidden, &logits, NULL));
+        const kv_product p = { &m->head, NULL, &logits };
+        FORWARD_IF_ERROR(kv_linear(&p, 1, 1, n, &hidden));
     }
     if (m->final_softcap > 0)
         for (size_t i = 0; i < (size_t)n * (size_t)m->info.n_vocab; i++) logits[i] = m->final_softcap * tanhf(logits[i] / m->final_softcap);

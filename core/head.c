@@ -15,6 +15,7 @@
  * a tenth of the time. */
 #include <float.h>
 #include <math.h>
+#include "amx.h"
 #include "eval.h"
 
 enum {
@@ -39,8 +40,9 @@ struct kv_head {
     part            *total;                   /* [n_arms + 1][TILE], merged so far */
     part            *wave;                    /* [wave_cap][n_arms + 1][TILE] */
     float           *z_target;                /* [n_arms + 1][TILE] */
-    float           *scratch;                 /* [n_scratch] threads: weights, z_ref, z_arm, e_ref (double) */
+    float           *scratch;                 /* [n_scratch] threads: weights, z_ref, z_arm, e_ref (double), packed weights */
     size_t           scratch_floats;          /* a thread */
+    char            *left;                    /* [n_arms + 1] the tile's hidden states, packed; NULL without AMX */
 };
 
 /* ---- rows.  One source for every SIMD level: vectors of fixed width that the compiler splits as the target needs; the
@@ -187,11 +189,15 @@ static void block_task(void *ctx, int task, int thread)
     float  *z_ref = weights + kv_round_up((size_t)BLOCK * (size_t)k, 16), *z_arm = z_ref + (size_t)TILE * BLOCK;
     double *e_ref = (double *)(z_arm + (size_t)TILE * BLOCK);
 
+    void *right = e_ref + (size_t)TILE * BLOCK;
+
     kv_weight_rows(w, row0, n, weights);
+    if (h->left) kv_amx_pack_right(weights, k, n, k, right);
     for (int lane = 0; lane < n_lanes; lane++) {
         float *z = lane ? z_arm : z_ref;
         part  *p = h->wave + ((size_t)task * (size_t)n_lanes + (size_t)lane) * TILE;
-        kv_sgemm_nt(h->tile, n, k, 1.0f, h->hidden[lane] + (size_t)h->p0 * (size_t)k, k, weights, k, 0.0f, z, BLOCK);
+        if (h->left) kv_amx_multiply(h->left + (size_t)lane * kv_amx_bytes(TILE, k), k, h->tile, right, k, n, k, false, z, BLOCK);
+        else kv_sgemm_nt(h->tile, n, k, 1.0f, h->hidden[lane] + (size_t)h->p0 * (size_t)k, k, weights, k, 0.0f, z, BLOCK);
         if (h->softcap > 0) {
             if (padded > n) for (int i = 0; i < h->tile; i++) memset(z + (size_t)i * BLOCK + n, 0, (size_t)(padded - n) * sizeof *z);
             rows[level].cap(z, h->tile, padded, h->softcap);
@@ -253,12 +259,22 @@ static void finish_tile(kv_head *h)
     }
 }
 
+static void pack_task(void *ctx, int task, int thread)
+{
+    (void)thread;
+    kv_head     *h = ctx;
+    const int    blocks = TILE / KV_AMX_BLOCK, lane = task / blocks, from = task % blocks * KV_AMX_BLOCK, n = kv_min(KV_AMX_BLOCK, h->tile - from), k = (int)h->w->n_in;
+    const size_t at = (size_t)lane * kv_amx_bytes(TILE, k) + kv_amx_bytes(from, k);
+    if (n > 0) kv_amx_pack_left(h->hidden[lane] + (size_t)(h->p0 + from) * (size_t)k, k, n, k, 1, h->left + at);
+}
+
 static void start_tile(kv_head *h, int p0)
 {
     h->p0 = p0;
     h->tile = kv_min(TILE, h->n_pos - p0);
     h->block = 0;
     for (size_t i = 0; i < (size_t)(h->n_arms + 1) * TILE; i++) h->total[i] = (part){ .m = -INFINITY };
+    if (h->left) kv_parallel((h->n_arms + 1) * (TILE / KV_AMX_BLOCK), pack_task, h);
 }
 
 int kv_head_step(kv_head *h, int *more)
@@ -309,12 +325,14 @@ int kv_head_new(kv_head **out, const kv_weight *w, float softcap, int n_arms)
     h->n_arms = n_arms;
     h->n_blocks = (w->n_out + BLOCK - 1) / BLOCK;
     h->wave_cap = kv_max(1, kv_min(MAX_WAVE, 4 * kv_threads()));    /* four blocks a thread: the barrier waits for little */
-    h->scratch_floats = kv_round_up((size_t)BLOCK * (size_t)w->n_in, 16) + 4 * (size_t)TILE * BLOCK;
+    const size_t right = kv_amx() ? kv_amx_bytes(BLOCK, w->n_in) / sizeof(float) : 0;
+    h->scratch_floats = kv_round_up((size_t)BLOCK * (size_t)w->n_in, 16) + 4 * (size_t)TILE * BLOCK + right;
     h->hidden = kv_alloc_array(lanes, sizeof *h->hidden, true);
     h->total = kv_alloc_array(lanes * TILE, sizeof *h->total, true);
     h->wave = kv_alloc_array(lanes * TILE * (size_t)h->wave_cap, sizeof *h->wave, true);
     h->z_target = kv_alloc_array(lanes * TILE, sizeof *h->z_target, true);
-    if (!h->hidden || !h->total || !h->wave || !h->z_target) {
+    if (right) h->left = kv_alloc_array(lanes, kv_amx_bytes(TILE, w->n_in), false);
+    if (!h->hidden || !h->total || !h->wave || !h->z_target || (right && !h->left)) {
         kv_head_free(h);
         return KV_E_NOMEM;
     }
@@ -330,5 +348,6 @@ void kv_head_free(kv_head *h)
     kv_free(h->wave);
     kv_free(h->z_target);
     kv_free(h->scratch);
+    kv_free(h->left);
     kv_free(h);
 }

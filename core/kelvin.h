@@ -53,10 +53,11 @@ const kv_layout_entry *kv_layout_at(int i);
 
 /* ---- processor --------------------------------------------------------------------------------------------- */
 
-enum { KV_SIMD_C = 0, KV_SIMD_AVX2 = 1, KV_SIMD_AVX512 = 2 };
+enum { KV_SIMD_C = 0, KV_SIMD_AVX2 = 1, KV_SIMD_AVX512 = 2, KV_SIMD_AMX = 3 /* in kv_cpu_limit alone */ };
 int         kv_cpu_simd(void);            /* the level in use */
 int         kv_cpu_simd_max(void);        /* what this processor has */
 int         kv_cpu_limit(int level);      /* use at most this level (tests); returns the level now in use */
+int         kv_cpu_amx(void);             /* 1: prefill multiplies on AMX tiles, values as pairs of bf16; 0: OpenBLAS, f32 */
 const char *kv_cpu_name(void);
 int         kv_threads(void);
 int         kv_set_threads(int n);        /* 1..64; 0: as many as this process may run on */

@@ -53,9 +53,12 @@ void   kv_matvec(const kv_weight *w, const kv_act *a, int64_t row0, int64_t row1
 void   kv_sgemm_nt(int m, int n, int k, float alpha, const float *a, int lda, const float *b, int ldb, float beta, float *c, int ldc);
 void   kv_sgemm_nn(int m, int n, int k, float alpha, const float *a, int lda, const float *b, int ldb, float beta, float *c, int ldc);
 void   kv_blas_single_thread(void);                        /* once, before any other call into OpenBLAS: our threads are enough */
-/* Y_l[n][n_out] = X_l[n][n_in] W^T for every lane l; rows are dequantized once per block for all lanes; all threads.
- * The result does not depend on the number of lanes or threads.  KV_E_NOMEM is its only failure. */
-int    kv_linear(const kv_weight *w, int n_lanes, int n, const float *const *x, float *const *y, const float *bias /* or NULL */);
+/* y[l][n][n_out] = x[l][n][n_in] W^T + bias for every product and lane l; weights are dequantized once for all lanes; all
+ * threads.  The products have the same n_in.  The result does not depend on the number of products, lanes or threads.
+ * KV_E_NOMEM is its only failure. */
+enum { KV_MAX_PRODUCTS = 4 };
+typedef struct kv_product { const kv_weight *w; const float *bias /* or NULL */; float *const *y; } kv_product;
+int    kv_linear(const kv_product *p, int n_products, int n_lanes, int n, const float *const *x);
 
 /* ---- the model (model.c) */
 typedef struct kv_layer {

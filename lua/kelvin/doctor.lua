@@ -19,7 +19,7 @@ function M.report()
   say("ok", "library", ("libkelvin %s in %s, declarations %s…"):format(b.version, K.folder, K.hash:sub(1, 8)))
   say("ok", "built with", b.flags)
   say("ok", "lua", ("%s on %s, %s"):format(jit.version, jit.arch, jit.status() and "compiling" or "interpreting"))
-  say("ok", "processor", ("%s; using %s of %s, %d threads"):format(b.cpu, b.simd, b.simd_max, b.threads))
+  say("ok", "processor", ("%s; using %s of %s, products on %s, %d threads"):format(b.cpu, b.simd, b.simd_max, b.products, b.threads))
   for _, name in ipairs { "cpu", "cuda" } do
     local ok, d = pcall(lib.device, name)
     if not ok then say("missing", name, d)

@@ -15,16 +15,17 @@ function M.threads(n)
   return C.kv_threads()
 end
 
-local levels = { [0] = "c", "avx2", "avx512" }
+local levels = { [0] = "c", "avx2", "avx512", "amx" }
 
 doc("kv.simd", [[
   kv.simd([level]) -> in use, best of this processor
-  Instruction set that the core uses: "c", "avx2" or "avx512".  With a level: use at most that one (for tests).]])
+  Instruction set that the core uses: "c", "avx2" or "avx512".  With a level: use at most that one.  "amx", the default, is
+  "avx512" with prefill's products on AMX tiles where the processor has them; kv.simd "avx512" leaves these to OpenBLAS.]])
 function M.simd(level)
   if level then
     local want
-    for i = 0, 2 do if levels[i] == level then want = i end end
-    check.that(want, "kv.simd: level '%s' is none of c, avx2, avx512", tostring(level))
+    for i = 0, 3 do if levels[i] == level then want = i end end
+    check.that(want, "kv.simd: level '%s' is none of c, avx2, avx512, amx", tostring(level))
     C.kv_cpu_limit(want)
   end
   return levels[C.kv_cpu_simd()], levels[C.kv_cpu_simd_max()]
@@ -106,10 +107,11 @@ end
 
 doc("kv.build", [[
   kv.build() -> table
-  version, abi_hash, flags (compiler and flags), cpu, simd, threads: for manifests.]])
+  version, abi_hash, flags (compiler and flags), cpu, simd, products (what multiplies in prefill), threads: for manifests.]])
 function M.build()
   return { version = ffi.string(C.kv_version()), abi_hash = K.hash, flags = ffi.string(C.kv_build_flags()),
-    cpu = ffi.string(C.kv_cpu_name()), simd = levels[C.kv_cpu_simd()], simd_max = levels[C.kv_cpu_simd_max()], threads = C.kv_threads() }
+    cpu = ffi.string(C.kv_cpu_name()), simd = levels[C.kv_cpu_simd()], simd_max = levels[C.kv_cpu_simd_max()],
+    products = C.kv_cpu_amx() == 1 and "AMX, bf16 pairs" or "OpenBLAS, f32", threads = C.kv_threads() }
 end
 
 return M

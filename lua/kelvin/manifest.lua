@@ -45,7 +45,7 @@ end
 --- The machine, without its name.
 function M.host()
   local b = lib().build()
-  return { cpu = b.cpu, simd = b.simd, threads = b.threads, flags = b.flags }
+  return { cpu = b.cpu, simd = b.simd, products = b.products, threads = b.threads, flags = b.flags }
 end
 
 --- A plan's expansion for a manifest: the digest, and the layers it stands for with equal neighbours folded together.

@@ -205,7 +205,7 @@ int main(void)
         CHECK(fgetc(f) == EOF, "golden file is longer than what is tested");
         fclose(f);
     }
-    kv_cpu_limit(kv_cpu_simd_max());
+    kv_cpu_limit(KV_SIMD_AMX);
     distortion();
     head_scale();
     refusals();

@@ -386,7 +386,7 @@ int main(void)
     printf("seed %u, levels 0..%d\n", SEED, kv_cpu_simd_max());
     test_rows();
     test_codebooks();
-    kv_cpu_limit(kv_cpu_simd_max());
+    kv_cpu_limit(KV_SIMD_AMX);
     test_distortion();
     test_bias();
     test_bytes();

@@ -344,7 +344,7 @@ int main(void)
     printf("seed %u, levels 0..%d\n", SEED, kv_cpu_simd_max());
     test_refusals();
     test_attention();
-    kv_cpu_limit(kv_cpu_simd_max());
+    kv_cpu_limit(KV_SIMD_AMX);
     test_theorem();
     test_reconstruction();
     test_outliers();

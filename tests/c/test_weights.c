@@ -2,6 +2,7 @@
 #include <math.h>
 #include <sys/mman.h>
 #include <unistd.h>
+#include "amx.h"
 #include "check.h"
 #include "rng.h"
 #include "weights.h"
@@ -126,7 +127,7 @@ static void quantizes_activations_to_the_same_bytes(void)
         CHECK(kv_act_reserve(&a, 1000) == KV_OK && kv_act_reserve(&b, 1000) == KV_OK, "%s", kv_last_error());
         kv_cpu_limit(KV_SIMD_C);
         kv_act_set(&a, x, 1000);
-        kv_cpu_limit(KV_SIMD_AVX512);
+        kv_cpu_limit(KV_SIMD_AMX);
         kv_act_set(&b, x, 1000);
         CHECK(memcmp(a.q, b.q, 2 * a.cap) == 0 && memcmp(a.extra, b.extra, 2 * a.cap) == 0, "q or digits differ, hostile=%d", hostile);
         CHECK(memcmp(kv_act_scale16(&a), kv_act_scale16(&b), a.cap / 32 * 24) == 0, "scales or sums differ, hostile=%d", hostile);
@@ -256,32 +257,43 @@ static void linear_agrees_and_ignores_lanes_and_threads(void)
         guarded g;
         const kv_weight w = random_weight(&g, all_types[t], n_in, n_out);
         float *const v = kv_alloc((size_t)(n_in * n_out) * 4), *const x = kv_alloc((size_t)n_in * N * LANES * 4), *const y = kv_alloc((size_t)n_out * N * LANES * 4), *const one = kv_alloc((size_t)n_out * N * 4);
+        float *const z = kv_alloc((size_t)n_out * N * LANES * 4);
         float bias[200];
         const float *in[LANES];
-        float *out[LANES];
+        float *out[LANES], *unbiased[LANES];
         kv_weight_rows_plain(&w, 0, n_out, v);
         for (int64_t i = 0; i < n_in * N * LANES; i++) x[i] = random_normal();
         for (int i = 0; i < n_out; i++) bias[i] = random_normal();
         for (int l = 0; l < LANES; l++) {
             in[l] = x + (size_t)l * N * (size_t)n_in;
             out[l] = y + (size_t)l * N * (size_t)n_out;
+            unbiased[l] = z + (size_t)l * N * (size_t)n_out;
         }
         memset(y, 0xff, (size_t)n_out * N * LANES * 4);
         kv_set_threads(2);
-        CHECK(kv_linear(&w, LANES, N, in, out, bias) == KV_OK, "%s", kv_last_error());
+        const kv_product all[] = { { &w, NULL, unbiased }, { &w, bias, out } };
+        CHECK(kv_linear(all, 2, LANES, N, in) == KV_OK, "%s", kv_last_error());
         double worst = 0;
         for (int l = 0; l < LANES; l++)
             for (int i = 0; i < N; i++)
                 for (int64_t r = 0; r < n_out; r++) {
-                    double sum = (double)bias[r];
-                    for (int64_t k = 0; k < n_in; k++) sum += (double)v[r * n_in + k] * (double)in[l][i * n_in + k];
-                    worst = fmax(worst, fabs(sum - (double)out[l][i * n_out + r]));
+                    double sum = (double)bias[r], ww = 0, xx = 0;
+                    for (int64_t k = 0; k < n_in; k++) {
+                        sum += (double)v[r * n_in + k] * (double)in[l][i * n_in + k];
+                        ww += (double)v[r * n_in + k] * (double)v[r * n_in + k];
+                        xx += (double)in[l][i * n_in + k] * (double)in[l][i * n_in + k];
+                    }
+                    worst = fmax(worst, fabs(sum - (double)out[l][i * n_out + r]) / (1 + sqrt(ww * xx)));
                 }
-        CHECK(worst < 1e-3, "%s: off by %g", kv_weight_type_name(w.type), worst);
+        CHECK(worst < (kv_amx() ? 4e-6 : 1e-6), "%s: off by %g of |w||x|", kv_weight_type_name(w.type), worst);
+        int second = 0;
+        for (int64_t i = 0; i < n_out * N * LANES; i++) second += z[i] + bias[i % n_out] != y[i];
+        CHECK(second == 0, "%s: %d values differ between two products in one call", kv_weight_type_name(w.type), second);
         kv_set_threads(1);
         for (int l = 0; l < LANES; l++) {
             float *const alone[] = { one };
-            kv_linear(&w, 1, N, &in[l], alone, bias);
+            const kv_product single = { &w, bias, alone };
+            kv_linear(&single, 1, 1, N, &in[l]);
             CHECK(memcmp(one, out[l], (size_t)n_out * N * 4) == 0, "%s: lane %d alone on one thread differs", kv_weight_type_name(w.type), l);
         }
         kv_set_threads(0);
@@ -289,6 +301,7 @@ static void linear_agrees_and_ignores_lanes_and_threads(void)
         kv_free(x);
         kv_free(y);
         kv_free(one);
+        kv_free(z);
         guarded_free(&g);
     }
 }
@@ -322,9 +335,12 @@ int main(void)
     simd_dequantizes_like_plain_c();
     quantizes_activations_to_the_same_bytes();
     products_agree_with_double();
+    kv_cpu_limit(KV_SIMD_AMX);
+    linear_agrees_and_ignores_lanes_and_threads();
     kv_cpu_limit(KV_SIMD_AVX512);
     panels_agree_with_rows_and_are_finer();
     linear_agrees_and_ignores_lanes_and_threads();
+    kv_cpu_limit(KV_SIMD_AMX);
     a_broken_activation_reaches_the_result();
     kv_act a = { 0 };
     CHECK(kv_act_reserve(&a, 0) == KV_E_ARG && kv_act_reserve(&a, (int64_t)1 << 40) == KV_E_ARG, "a length out of range is taken");
