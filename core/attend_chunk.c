@@ -13,17 +13,24 @@
  * on, for K and V apart.  Attention goes over tiles of QUERY_ROWS stacked queries of a head's group by KEY_TILE keys, each one
  * product for the scores and one for the values with a running maximum; a tile crossed by b does both versions' columns.
  * A tile's products have one shape whatever its rows are made of, and where both versions are the same bits (a lossless
- * codec) only one is used: equal rows give equal bits, whatever plan they came through. */
+ * codec) only one is used: equal rows give equal bits, whatever plan they came through.
+ *
+ * With AMX both versions are packed for its tiles once a layer, keys as rows and values as columns of the right side, in
+ * blocks of 32 positions from `from` and `turn` on, which are multiples of 32.  Products then take whole blocks: scores
+ * beside a tile's columns are not looked at, weights there are zero. */
 #include <math.h>
+#include "amx.h"
 #include "cache_impl.h"
 #include "model.h"
 
-enum { QUERY_ROWS = 192, KEY_TILE = 256, /* scores of a tile: 192 KB, inside L2 with the rows they meet */ PIECE = 256 /* positions filled by one task */ };
+enum { QUERY_ROWS = 192, KEY_TILE = 256, /* scores of a tile: 192 KB, inside L2 with the rows they meet */ PIECE = 256 /* positions filled by one task */,
+       AMX_QUERIES = 32 /* fewer new tokens do not pay for packing all rows */ };
 
 struct kv_chunk {
     float     *rows;                  /* [n_kv_heads][2][late | early] */
-    float     *thread;                /* [n_threads][queries | scores | scores | acc | max | sum] */
-    size_t     rows_cap;
+    char      *packed;                /* the same for AMX; or NULL */
+    float     *thread;                /* [n_threads][queries | scores | scores | acc | max | sum | packed queries | packed weights] */
+    size_t     rows_cap, packed_cap;
     int        n_threads;
     atomic_int differs[];             /* [n_kv_heads][2] some row encoded in this chunk does not decode to itself */
 };
@@ -33,7 +40,8 @@ typedef struct chunk_job {
     int          layer, n, n0, total;             /* positions n0 .. total-1 are new */
     int          from, turn, lo;                  /* where late and early begin; no query sees positions below lo */
     int          piece, origin, n_pieces, n_tiles, tile_tokens;
-    size_t       slot_floats, thread_floats;
+    bool         amx;
+    size_t       slot_floats, thread_floats, packed_at, slot_bytes;     /* packed_at: floats before the packed queries */
     const float *q, *k, *v;
     float        scale, softcap, *out;
 } chunk_job;
@@ -42,6 +50,7 @@ void kv_chunk_free(kv_chunk *w)
 {
     if (!w) return;
     kv_free(w->rows);
+    kv_free(w->packed);
     kv_free(w->thread);
     kv_free(w);
 }
@@ -60,7 +69,8 @@ static int reserve_chunk(chunk_job *job)
     kv_cache *c = job->c;
     const size_t n_slots = (size_t)c->geo.n_kv_heads * 2, d = (size_t)c->geo.head_dim, need = n_slots * job->slot_floats;
     const size_t m = (size_t)job->tile_tokens * (size_t)c->group;
-    job->thread_floats = kv_round_up(m * (2 * d + 2 * KEY_TILE + 2), 16);
+    job->packed_at = kv_round_up(m * (2 * d + 2 * KEY_TILE + 2), 16);
+    job->thread_floats = job->packed_at + (job->amx ? (kv_amx_bytes((int64_t)m, c->geo.head_dim) + kv_amx_bytes((int64_t)m, KEY_TILE)) / sizeof(float) : 0);
     if (!c->chunk && !(c->chunk = kv_zalloc(sizeof *c->chunk + n_slots * sizeof(atomic_int)))) return KV_E_NOMEM;
     kv_chunk *w = c->chunk;
     if (w->rows_cap < need) {
@@ -68,6 +78,13 @@ static int reserve_chunk(chunk_job *job)
         w->rows_cap = 0;
         if (!(w->rows = kv_alloc_array(need, sizeof(float), false))) return KV_E_NOMEM;
         w->rows_cap = need;
+    }
+    job->slot_bytes = job->amx ? kv_amx_bytes(job->total - job->from, c->geo.head_dim) + kv_amx_bytes(job->total - job->turn, c->geo.head_dim) : 0;
+    if (w->packed_cap < n_slots * job->slot_bytes) {
+        kv_free(w->packed);
+        w->packed_cap = 0;
+        if (!(w->packed = kv_alloc_array(n_slots, job->slot_bytes, false))) return KV_E_NOMEM;
+        w->packed_cap = n_slots * job->slot_bytes;
     }
     const size_t encode_floats = kv_round_up((size_t)c->plan->page_tokens * d, 16);
     if (job->thread_floats < encode_floats) job->thread_floats = encode_floats;       /* the same memory while rows are filled */
@@ -139,7 +156,53 @@ static void fill_piece(void *ctx, int task, int thread)
     if (y0 < b) copy_rows(job, late_at(job, slot, y0), early_at(job, slot, y0), b - y0);
 }
 
+/* ---- rows packed for AMX: [late | early] of a slot, a task takes PIECE positions */
+
+static char *packed_rows(const chunk_job *job, int slot, bool early)
+{
+    return job->c->chunk->packed + (size_t)slot * job->slot_bytes + (early ? kv_amx_bytes(job->total - job->from, job->c->geo.head_dim) : 0);
+}
+
+static void pack_piece(void *ctx, int task, int thread)
+{
+    (void)thread;
+    const chunk_job *job = ctx;
+    const int n_slots = job->c->geo.n_kv_heads * 2, slot = task % n_slots, d = job->c->geo.head_dim;
+    for (int early = 0; early < 2; early++) {
+        const int base = early ? job->turn : job->from, p0 = base + task / n_slots * PIECE, p1 = kv_min(p0 + PIECE, job->total);
+        if (p0 >= p1 || (early && !atomic_load_explicit(&job->c->chunk->differs[slot], memory_order_relaxed))) continue;
+        const float *const rows = early ? early_at(job, slot, p0) : late_at(job, slot, p0);
+        char *const to = packed_rows(job, slot, early);
+        if (slot % 2 == KV_SIDE_K) kv_amx_pack_right(rows, d, p1 - p0, d, to + kv_amx_bytes(p0 - base, d));
+        else
+            for (int i = 0; i < d; i += KV_AMX_BLOCK)
+                kv_amx_pack_right_t(rows + i, d, kv_min(KV_AMX_BLOCK, d - i), p1 - p0, to + kv_amx_bytes(i, job->total - base) + kv_amx_bytes(KV_AMX_BLOCK, p0 - base));
+    }
+}
+
 /* ---- one tile of queries of one head over all its keys */
+
+/* s[m][KEY_TILE] = queries times the keys of positions [p0, p1); position p in column p - column0, a multiple of 32. */
+static void score(const chunk_job *job, int head, bool early, int p0, int p1, int column0, int m, const float *q, const void *packed, float *s)
+{
+    const int d = job->c->geo.head_dim, slot = head * 2 + KV_SIDE_K, b0 = p0 / KV_AMX_BLOCK * KV_AMX_BLOCK;
+    if (p0 >= p1) return;
+    if (job->amx) {
+        const char *const rows = packed_rows(job, slot, early) + kv_amx_bytes(b0 - (early ? job->turn : job->from), d);
+        kv_amx_multiply(packed, d, m, rows, d, (int)kv_round_up((size_t)(p1 - b0), KV_AMX_BLOCK), d, false, s + (b0 - column0), KEY_TILE);
+    } else kv_sgemm_nt(m, p1 - p0, d, job->softcap > 0 ? 1.0f : job->scale, q, d, early ? early_at(job, slot, p0) : late_at(job, slot, p0), d, 0, s + (p0 - column0), KEY_TILE);
+}
+
+/* acc[m][d] += weights times the values of positions [p0, p1); weights from the block that holds p0 on are there. */
+static void gather(const chunk_job *job, int head, bool early, int p0, int p1, int column0, int m, const float *s, void *packed, float *acc)
+{
+    const int d = job->c->geo.head_dim, slot = head * 2 + KV_SIDE_V, b0 = p0 / KV_AMX_BLOCK * KV_AMX_BLOCK, base = early ? job->turn : job->from;
+    if (p0 >= p1) return;
+    if (job->amx) {
+        kv_amx_pack_left(s + (b0 - column0), KEY_TILE, m, p1 - b0, 1, packed);
+        kv_amx_multiply(packed, p1 - b0, m, packed_rows(job, slot, early) + kv_amx_bytes(KV_AMX_BLOCK, b0 - base), job->total - base, d, p1 - b0, true, acc, d);
+    } else kv_sgemm_nn(m, d, p1 - p0, 1, s + (p0 - column0), KEY_TILE, early ? early_at(job, slot, p0) : late_at(job, slot, p0), d, 1, acc, d);
+}
 
 typedef struct versions { int late0, late1, early0, early1, mixed; } versions;   /* columns taken from each; mixed: rows differ in where they change over */
 
@@ -163,8 +226,10 @@ static void attend_tile(void *ctx, int task, int thread)
     const int i0 = job->n0 + tile * job->tile_tokens, i1 = kv_min(job->total, i0 + job->tile_tokens), m = (i1 - i0) * group;
     float *q = c->chunk->thread + (size_t)thread * job->thread_floats, *s = q + (size_t)m * (size_t)d, *s2 = s + (size_t)m * KEY_TILE;
     float *acc = s2 + (size_t)m * KEY_TILE, *top = acc + (size_t)m * (size_t)d, *sum = top + m;
+    char *packed_q = (char *)(q + job->packed_at), *packed_w = packed_q + (job->amx ? kv_amx_bytes(m, d) : 0);
     const size_t q_row = (size_t)c->geo.n_heads * (size_t)d, q_head = (size_t)head * (size_t)group * (size_t)d;
     for (int i = i0; i < i1; i++) memcpy(q + (size_t)(i - i0) * (size_t)group * (size_t)d, job->q + (size_t)(i - job->n0) * q_row + q_head, sizeof(float) * (size_t)group * (size_t)d);
+    if (job->amx) kv_amx_pack_left(q, d, m, d, job->softcap > 0 ? 1.0f : job->scale, packed_q);
     memset(acc, 0, sizeof(float) * (size_t)m * (size_t)d);
     for (int r = 0; r < m; r++) {
         top[r] = -INFINITY;
@@ -177,18 +242,17 @@ static void attend_tile(void *ctx, int task, int thread)
     }
     const int first = kv_first_seen(c, job->layer, i0);
     for (int t = first / KEY_TILE * KEY_TILE; t < i1; t += KEY_TILE) {
-        const int j0 = kv_max(t, first), j1 = kv_min(t + KEY_TILE, i1), cols = j1 - j0;
+        const int j0 = kv_max(t, first), j1 = kv_min(t + KEY_TILE, i1), cols = j1 - j0, column0 = j0 / KV_AMX_BLOCK * KV_AMX_BLOCK, margin = j0 - column0;
         const versions kv = split_tile(job, head, KV_SIDE_K, j0, j1, bound[0][0], bound[0][1]);
         const versions vv = split_tile(job, head, KV_SIDE_V, j0, j1, bound[1][0], bound[1][1]);
-        const float alpha = job->softcap > 0 ? 1.0f : job->scale;
-        if (kv.late0 < kv.late1) kv_sgemm_nt(m, kv.late1 - kv.late0, d, alpha, q, d, late_at(job, head * 2, kv.late0), d, 0, s, KEY_TILE);
-        if (kv.early0 < kv.early1) kv_sgemm_nt(m, kv.early1 - kv.early0, d, alpha, q, d, early_at(job, head * 2, kv.early0), d, 0, kv.mixed ? s2 : s, KEY_TILE);
+        score(job, head, false, kv.late0, kv.late1, column0, m, q, packed_q, s);
+        score(job, head, true, kv.early0, kv.early1, column0, m, q, packed_q, kv.mixed ? s2 : s);
         for (int r = 0; r < m; r++) {
             const int i = i0 + r / group, seen = kv_max(0, kv_first_seen(c, job->layer, i) - j0), end = kv_min(cols, i + 1 - j0);
-            float *row = s + (size_t)r * KEY_TILE, *other = s2 + (size_t)r * KEY_TILE;
+            float *row = s + (size_t)r * KEY_TILE + margin, *other = s2 + (size_t)r * KEY_TILE + margin;
             if (kv.mixed) {
                 const int b = kv_min(kv_max(sink + encoded_after(job, head, KV_SIDE_K, (int64_t)i + 1), kv.early0), j1);
-                memcpy(row + (b - j0), other + (b - kv.early0), sizeof(float) * (size_t)(j1 - b));
+                memcpy(row + (b - j0), other + (b - j0), sizeof(float) * (size_t)(j1 - b));
             }
             if (seen < end) {
                 if (job->softcap > 0) kv_vec_scale_cap(row + seen, end - seen, job->scale, job->softcap);
@@ -201,17 +265,17 @@ static void attend_tile(void *ctx, int task, int thread)
                 }
                 sum[r] += kv_vec_exp_sum(row + seen, end - seen, best);
             }
-            for (int j = 0; j < kv_min(seen, cols); j++) row[j] = 0;
+            for (int j = -margin; j < kv_min(seen, cols); j++) row[j] = 0;
             for (int j = kv_max(end, 0); j < cols; j++) row[j] = 0;
             if (vv.mixed) {                                     /* weights of the two versions apart, zero in the other's columns */
                 const int b = kv_min(kv_max(sink + encoded_after(job, head, KV_SIDE_V, (int64_t)i + 1), vv.early0), j1);
-                for (int j = vv.early0; j < b; j++) other[j - vv.early0] = 0;
-                memcpy(other + (b - vv.early0), row + (b - j0), sizeof(float) * (size_t)(j1 - b));
+                for (int j = kv_max(column0, vv.early0 / KV_AMX_BLOCK * KV_AMX_BLOCK); j < b; j++) other[j - j0] = 0;
+                memcpy(other + (b - j0), row + (b - j0), sizeof(float) * (size_t)(j1 - b));
                 for (int j = b; j < vv.late1; j++) row[j - j0] = 0;
             }
         }
-        if (vv.late0 < vv.late1) kv_sgemm_nn(m, d, vv.late1 - vv.late0, 1, s, KEY_TILE, late_at(job, head * 2 + 1, vv.late0), d, 1, acc, d);
-        if (vv.early0 < vv.early1) kv_sgemm_nn(m, d, vv.early1 - vv.early0, 1, vv.mixed ? s2 : s, KEY_TILE, early_at(job, head * 2 + 1, vv.early0), d, 1, acc, d);
+        gather(job, head, false, vv.late0, vv.late1, column0, m, s, packed_w, acc);
+        gather(job, head, true, vv.early0, vv.early1, column0, m, vv.mixed ? s2 : s, packed_w, acc);
     }
     for (int r = 0; r < m; r++) {
         float *o = job->out + (size_t)(i0 - job->n0 + r / group) * q_row + q_head + (size_t)(r % group) * (size_t)d;
@@ -231,7 +295,9 @@ int kv_attend_chunk(kv_cache *c, int layer, int n, const float *q, const float *
         turn = kv_min(turn, st->never ? kv_max(sink, job.lo) : sink + st->n_encoded);
         if (!st->never) job.from = kv_min(job.from, sink + st->n_encoded);        /* a granule begun out of sight still needs its rows */
     }
+    job.from = job.from / KV_AMX_BLOCK * KV_AMX_BLOCK;
     job.turn = kv_max(job.from, turn / KEY_TILE * KEY_TILE);
+    job.amx = kv_amx() && n >= AMX_QUERIES;
     job.slot_floats = kv_round_up(((size_t)(job.total - job.from) + (size_t)(job.total - job.turn)) * (size_t)c->geo.head_dim, 16);
     job.tile_tokens = kv_max(1, QUERY_ROWS / c->group);
     job.n_tiles = (n + job.tile_tokens - 1) / job.tile_tokens;
@@ -240,6 +306,7 @@ int kv_attend_chunk(kv_cache *c, int layer, int n, const float *q, const float *
     job.n_pieces = kv_max(1, (job.total - job.origin + job.piece - 1) / job.piece);
     FORWARD_IF_ERROR(reserve_chunk(&job));
     kv_parallel(nh * 2 * job.n_pieces, fill_piece, &job);
+    if (job.amx) kv_parallel(nh * 2 * ((job.total - job.from + PIECE - 1) / PIECE), pack_piece, &job);
     for (int i = 0; i < nh * 2; i++) {
         kv_store *st = kv_cache_store(c, layer, i / 2, i % 2);
         const int encoded = encoded_after(&job, i / 2, i % 2, job.total);

@@ -5,6 +5,7 @@
  * decoded into the tail, and are encoded again with what follows.  A sliding layer has dropped what its window passed: where
  * the next query would need such rows, truncate is KV_E_UNSUPPORTED and nothing changes (0 always works). */
 #include <stdio.h>
+#include "amx.h"
 #include "cache_impl.h"
 
 /* ---- life */
@@ -458,6 +459,6 @@ void kv_cache_describe(kv_cache *c, int did)
         for (int i = 0; i < slots; i++) fused += c->path == KV_PATH_FUSED && kv_codec_fused(c->plan->slot[2 * i + side].codec);
         n += snprintf(c->paths + n, sizeof c->paths - (size_t)n, "%s: %s%s%s", side ? ", v" : "k", fused ? "fused " : "tile", fused ? level[kv_cpu_simd()] : "", fused && fused < slots ? " + tile" : "");
     }
-    if (c->did & 2) snprintf(c->paths + n, sizeof c->paths - (size_t)n, "%schunks: decoded, sgemm", n ? "; " : "");
+    if (c->did & 2) snprintf(c->paths + n, sizeof c->paths - (size_t)n, "%schunks: decoded, %s", n ? "; " : "", kv_amx() ? "amx" : "sgemm");
 }
 const char *kv_cache_paths(const kv_cache *c) { return c->paths; }

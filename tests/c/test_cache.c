@@ -5,6 +5,7 @@
  *   the ledger is what was allocated; truncate, fork, mutate and failed steps leave a working cache. */
 #include <math.h>
 #include <malloc.h>
+#include "amx.h"
 #include "cache_impl.h"
 #include "check.h"
 
@@ -70,6 +71,7 @@ static void make_setup(setup *s, int layers, int heads, int kv_heads, int d, int
     s->g = (kv_geometry){ .n_layers = layers, .n_heads = heads, .n_kv_heads = kv_heads, .head_dim = d, .rope = s->rope, .sliding = s->sliding };
 }
 
+#define AMX_ERROR 3e-5                   /* of a chunk's products on pairs of bf16; 2.1e-5 measured */
 typedef struct choice { const char *kf, *kp, *vf, *vp; double tolerance; int means, page_rope, path; } choice;
 
 static float *randoms(double seed, size_t n)
@@ -231,7 +233,8 @@ static void visibility(const choice *ch, int page, int sink, int recent, int win
         t = t1;
     }
     const double g = gap(stream, chunk, total);
-    CHECK(g <= ch->tolerance, "%s/%s page %d sink %d recent %d window %d split %d.. softcap %g: chunk and stream differ by %g", ch->kf, ch->vf, page, sink, recent, window, split[0], (double)softcap, g);
+    const double allowed = ch->tolerance + (kv_amx() ? AMX_ERROR : 0);
+    CHECK(g <= allowed, "%s/%s page %d sink %d recent %d window %d split %d.. softcap %g: chunk and stream differ by %g", ch->kf, ch->vf, page, sink, recent, window, split[0], (double)softcap, g);
     CHECK(ref <= ch->tolerance, "%s/%s page %d sink %d recent %d window %d softcap %g: off the double reference by %g", ch->kf, ch->vf, page, sink, recent, window, (double)softcap, ref);
     *worst_stream = fmax(*worst_stream, g);
     *worst_reference = fmax(*worst_reference, ref);
@@ -450,7 +453,7 @@ static void test_truncate_and_fork(void)
                 must(feed(f, &s, &x, n, n1, 0, b));
                 double worst = 0;
                 for (int l = 0; l < 2; l++) worst = fmax(worst, gap(a + ((size_t)l * N + (size_t)n) * 192, b + ((size_t)l * N + (size_t)n) * 192, (size_t)(n1 - n) * 192));
-                CHECK(worst <= ch->tolerance, "choice %d: chunk and stream after truncate to %d differ by %g", i, n, worst);
+                CHECK(worst <= ch->tolerance + (kv_amx() ? AMX_ERROR : 0), "choice %d: chunk and stream after truncate to %d differ by %g", i, n, worst);
             }
             kv_cache_free(g);
         }
@@ -607,6 +610,12 @@ int main(void)
     test_encode_over_used_slots();
     test_visibility();
     test_identity();
+    if (kv_amx()) {                      /* and as processors without it do */
+        kv_cpu_limit(KV_SIMD_AVX512);
+        test_visibility();
+        test_identity();
+        kv_cpu_limit(KV_SIMD_AMX);
+    }
     test_long();
     test_ledger();
     test_truncate_and_fork();
