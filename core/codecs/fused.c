@@ -63,7 +63,7 @@ static void init_residual(kv_codec *c, fused_state *s)
     const size_t tokens = (size_t)c->page_tokens;
     polar_field_init(&s->angle, (int)c->value[P_ANGLES], d / 2);
     polar_field_init(&s->sign, 2, d);
-    polar_norms_init(&s->norms, (int)c->value[P_NORM], (int)c->value[P_NORM_BITS], d / 2, 2);
+    polar_norms_init(&s->norms, (int)c->value[P_NORM], (int)c->value[P_NORM_BITS], d / 2, 2, (int)c->value[P_ANGLES]);
     s->norm_at = tokens * (size_t)s->angle.bytes;
     s->sign_at = s->norm_at + tokens * (size_t)s->norms.bytes;
     s->side_at = s->sign_at + tokens * (size_t)s->sign.bytes;

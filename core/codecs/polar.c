@@ -18,7 +18,8 @@
  *   f16     as it is                    8
  *   lin     lo + code step              norm_bits / 2 + 32 / d      lo, step from the row's least and largest radius
  *   log     2^(lo + code step)          the same
- *   lloyd   scale * level[code]         norm_bits / 2 + 16 / d      levels of the norm of 2^levels Gaussians; scale: least squares
+ *   lloyd   scale * level[code]         norm_bits / 2 + 16 / d      levels of the norm of 2^levels Gaussians; scale: least squares,
+ *                                                                   less what the bins of the angles lose on average
  *
  * norm=lloyd, norm_bits=0 gives all pairs of a row one radius: what the angles alone carry.
  *
@@ -79,7 +80,7 @@ static int polar_init(kv_codec *c)
             s->bound[l][2 * i + 1] = (float)sin(edge);
         }
     }
-    polar_norms_init(&s->norms, norm, norm_bits, d >> s->levels, 1 << s->levels);
+    polar_norms_init(&s->norms, norm, norm_bits, d >> s->levels, 1 << s->levels, angles);
     const size_t tokens = (size_t)c->page_tokens;
     s->norm_at = tokens * (size_t)s->angle_bytes;
     s->side_at = s->norm_at + tokens * (size_t)s->norms.bytes;

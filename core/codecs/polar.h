@@ -63,10 +63,11 @@ enum { POLAR_F32, POLAR_F16, POLAR_LIN, POLAR_LOG, POLAR_LLOYD };
 typedef struct polar_norms {
     int mode, bits, count, bytes, side_bytes; /* of a row; side: lo and step (lin, log), scale (lloyd) as f16 */
     polar_field field;
+    float shrink;                             /* lloyd: of the scale, for what the angles' bins lose: sin(pi/n)/(pi/n) */
     _Alignas(64) float table[256], bound[256];/* lloyd: levels of radii with mean square 1; boundaries, then +inf */
 } polar_norms;
 /* k: components under one radius. */
-void polar_norms_init(polar_norms *s, int mode, int bits, int count, int k);
+void polar_norms_init(polar_norms *s, int mode, int bits, int count, int k, int angles);
 /* r is overwritten; what is stored stands for r * 2^e. */
 void polar_norms_put(const polar_norms *s, float *r, int e, uint8_t *row, uint8_t *side);
 void polar_norms_get(const polar_norms *s, const uint8_t *row, const uint8_t *side, float *r);

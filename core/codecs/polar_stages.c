@@ -150,9 +150,9 @@ int polar_exponent(const float *x, int n)
     return e;
 }
 
-void polar_norms_init(polar_norms *s, int mode, int bits, int count, int k)
+void polar_norms_init(polar_norms *s, int mode, int bits, int count, int k, int angles)
 {
-    *s = (polar_norms){ .mode = mode, .bits = bits, .count = count };
+    *s = (polar_norms){ .mode = mode, .bits = bits, .count = count, .shrink = (float)(sin(M_PI / angles) / (M_PI / angles)) };
     s->side_bytes = mode == POLAR_LIN || mode == POLAR_LOG ? 4 : mode == POLAR_LLOYD ? 2 : 0;
     if (mode == POLAR_F32 || mode == POLAR_F16) {
         s->bytes = count * (mode == POLAR_F32 ? 4 : 2);
@@ -202,7 +202,7 @@ static void put_lloyd(const polar_norms *s, const float *r, int e, uint8_t *row,
         level[i] = s->table[at];
     }
     if (s->bits) polar_pack(&s->field, code, row);
-    kv_store_u16(side, polar_f16(ldexpf(kv_dot16(r, level, s->count) / kv_sumsq(level, s->count), e)));
+    kv_store_u16(side, polar_f16(ldexpf(s->shrink * (kv_dot16(r, level, s->count) / kv_sumsq(level, s->count)), e)));
 }
 
 /* log: radii below 2^-10 of the largest count as that, or one of them would stretch the range of all. */
