@@ -7,6 +7,7 @@ local K = require "kelvin.ffi"
 local C, ffi = K.C, K.ffi
 local check = require "kelvin.check"
 local json = require "kelvin.json"
+local lib = require "kelvin.lib"
 local log = require "kelvin.log"
 local doc = require("kelvin.help").doc
 
@@ -39,17 +40,25 @@ local function load(model, path)
   return self
 end
 
+-- Token ids drawn uniformly from the vocabulary.
+local function noise(model, n)
+  local ids = {}
+  for i = 1, n do ids[i] = math.min(math.floor(lib.random(1, 0x77656967, i) * model.n_vocab), model.n_vocab - 1) end
+  return ids
+end
+
 doc("model:calibrate", [[
-  m:calibrate{ text = | tokens = | artifact =, chunks = 8, context = 512, skip = 4, rows = 1024, on_progress = } -> calibration
+  m:calibrate{ text = | tokens = | weights = true | artifact =, chunks = 8, context = 512, skip = 4, rows = 1024, on_progress = } -> calibration
   kv.calibrate of this model; `?calibrate`.]])
 function M.new(model, o)
-  if o.artifact then
-    check.that(not o.text and not o.tokens, "calibrate: an artifact or a text, not both")
-    return load(model, o.artifact)
-  end
-  local ids = o.tokens or model:tokenize(check.that(o.text, "calibrate: text =, tokens = or artifact = is needed"), { add_special = false })
+  local from = {}
+  for _, source in ipairs { "artifact", "text", "tokens", "weights" } do if o[source] then from[#from + 1] = source end end
+  check.that(#from > 0, "calibrate: text =, tokens =, weights = true or artifact = is needed")
+  check.that(#from == 1, "calibrate: %s and %s, one of them", from[1], from[2])
+  if o.artifact then return load(model, o.artifact) end
   local context, chunks, skip = o.context or 512, o.chunks or 8, o.skip or 4
   check.that(context % 1 == 0 and context > skip and chunks >= 1, "calibrate: context=%s, chunks=%s, skip=%s: whole chunks longer than skip are needed", tostring(context), tostring(chunks), tostring(skip))
+  local ids = o.tokens or o.text and model:tokenize(o.text, { add_special = false }) or noise(model, chunks * context)
   check.that(#ids >= context, "calibrate: %s has %d tokens, one chunk of context=%d needs as many", o.name or "the text", #ids, context)
   local h = K.handle("kv_calib", C.kv_calib_free, function(out) return C.kv_calib_new(out, model._m, o.rows or 0) end)
   local more, buf = ffi.new "int[1]", ffi.new("int32_t[?]", context)
@@ -64,7 +73,8 @@ function M.new(model, o)
     until more[0] == 0
     if o.on_progress then o.on_progress(chunk + 1, chunks) end
   end
-  local self = wrap(model, h, o.source)
+  local self = wrap(model, h, o.source or o.weights and "none: the weights alone" or nil)
+  if o.weights then return self end
   self.rest, self.first_chunk = {}, {}
   for i = 1, context do self.first_chunk[i] = i == 1 and model.add_bos and model.bos or ids[i] end
   for i = chunks * context + 1, #ids do self.rest[i - chunks * context] = ids[i] end
@@ -72,10 +82,11 @@ function M.new(model, o)
 end
 
 doc("kv.calibrate", [[
-  kv.calibrate{ model =, text = | tokens = | artifact =, chunks = 8, context = 512, skip = 4, rows = 1024, on_progress = } -> calibration
+  kv.calibrate{ model =, text = | tokens = | weights = true | artifact =, chunks = 8, context = 512, skip = 4, rows = 1024, on_progress = } -> calibration
   Runs the first chunks of a text through an exact cache and keeps, of every layer and K/V head: mean and second moment of K
   (as cached and before RoPE), V and the queries that read them, and `rows` tokens' K and V, the same tokens everywhere.  The
-  first `skip` positions of each chunk are left out.  A text shorter than one chunk is an error.  artifact: a saved one.
+  first `skip` positions of each chunk are left out.  A text shorter than one chunk is an error.  weights: no text at all, the model
+  reads tokens drawn uniformly from its vocabulary, so that everything is a function of its weights.  artifact: a saved one.
   Pass it as calib = to kv.policy.resolve, kv.eval and model:session's plans.
   c:save(path)  c:check(arm)  c:stats()  c:mean(side, l, h)  c:second(side, l, h)  c:rows(side, l, h)  c:quantile(side, l, h, shares)
   An artifact is numbers with checksums, never code; another model, layout or RoPE is refused with both digests.]])
@@ -208,7 +219,7 @@ function Calib.__index:check(arm, o)
   local text = type(arm) == "string" and arm or arm.name or "arm"
   if type(arm) == "string" then arm = require("kelvin.arm").parse(arm) end
   local ids = o.tokens or (o.text and self.model:tokenize(o.text, { add_special = false })) or self.rest
-  check.that(ids, "check: the calibration came from a file: text = or tokens = of held-out text is needed")
+  check.that(ids, "check: the calibration came from a file or from weights: text = or tokens = of held-out text is needed")
   local context = o.context or math.min(512, self.context)
   check.that(#ids >= context, "check: %d held-out tokens, context=%d needs as many; calibrate on fewer chunks or give another text", #ids, context)
   local plan = policies.resolve(policies.of(arm), self.model, { calib = self })

@@ -149,6 +149,7 @@ local function parser()
     "Examples: kelvin calibrate smollm2-135m --text book.txt -o smollm2.kvcal --check k=turboquant-3,v=turboquant-3,mean=k,page_rope=k; kelvin calibrate smollm2-135m --artifact smollm2.kvcal")
   calibrate:argument("model", "A model's name or a .gguf file."):argname "MODEL"
   calibrate:option("--text", "Text file; its first tokens calibrate, --check reads what comes after them."):argname "FILE"
+  calibrate:flag("--weights", "No text: the model reads random tokens, so that all follows from its weights; --check reads --text.")
   calibrate:option("-o --out", "The artifact to write."):argname "FILE"
   calibrate:option("--artifact", "A saved one: shown, or checked on --text."):argname "FILE"
   calibrate:option("--tokens", "Tokens to collect, in whole chunks."):convert(positive "--tokens"):default "4096":argname "N"
@@ -281,19 +282,22 @@ end
 
 function commands.calibrate(a)
   local model = require("kelvin.model").open(a.model)
-  if not a.text and not a.artifact then check.fail("calibrate: --text FILE is needed, or --artifact FILE to show one") end
-  if a.text and not a.out and #a.check == 0 then check.fail("calibrate: -o FILE is needed, or --check ARM") end
+  if not a.text and not a.artifact and not a.weights then check.fail("calibrate: --text FILE is needed, or --weights, or --artifact FILE to show one") end
+  if a.weights and a.artifact then check.fail("calibrate: --weights and --artifact, one of them") end
+  if not a.artifact and not a.out and #a.check == 0 then check.fail("calibrate: -o FILE is needed, or --check ARM") end
   local text = a.text and read_file(a.text, "--text")
-  if a.artifact and #a.check > 0 and not text then check.fail("calibrate: --check with --artifact needs --text FILE of another text") end
+  local checked = a.artifact or a.weights
+  if checked and #a.check > 0 and not text then check.fail("calibrate: --check with --%s needs --text FILE of another text", a.weights and "weights" or "artifact") end
   local c
   if a.artifact then c = model:calibrate { artifact = a.artifact }
   else
-    c = model:calibrate { text = text, context = a.context, chunks = math.ceil(a.tokens / a.context), skip = a.skip, rows = a.rows, source = a.text:match "[^/]+$",
+    c = model:calibrate { text = not a.weights and text or nil, weights = a.weights, context = a.context, chunks = math.ceil(a.tokens / a.context), skip = a.skip, rows = a.rows,
+      source = not a.weights and a.text:match "[^/]+$" or nil,
       on_progress = function(i, n) log.progress(i / n, "calibrating") end }
     log.clear()
   end
   for _, arm in ipairs(a.check) do
-    c:check(arm, { text = a.artifact and text or nil, chunks = a.check_chunks, on_progress = log.progress })
+    c:check(arm, { text = checked and text or nil, chunks = a.check_chunks, on_progress = log.progress })
     log.clear()
   end
   if a.out then c:save(a.out) end

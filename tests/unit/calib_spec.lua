@@ -73,7 +73,25 @@ describe("a calibration", function()
     assert.matches("the payload's checksum does not fit", H.fails(kv.calibrate, { model = m, artifact = path }))
     os.remove(path)
     assert.matches("No such file", H.fails(kv.calibrate, { model = m, artifact = path }))
-    assert.matches("an artifact or a text, not both", H.fails(kv.calibrate, { model = m, artifact = path, text = "x" }))
+    assert.matches("calibrate: artifact and text, one of them", H.fails(kv.calibrate, { model = m, artifact = path, text = "x" }))
+    assert.matches("calibrate: text and weights, one of them", H.fails(kv.calibrate, { model = m, weights = true, text = "x" }))
+    assert.matches("weights = true or artifact = is needed", H.fails(kv.calibrate, { model = m }))
+  end)
+
+  it("needs no text where weights = true: the same numbers every time, and tables for every codec", function()
+    local m = H.model(MODEL)
+    if not m then return end
+    local a, b = m:calibrate { weights = true, chunks = 1, context = 64, rows = 60 }, m:calibrate { weights = true, chunks = 1, context = 64, rows = 60 }
+    assert.are.equal(a:digest(), b:digest())
+    assert.are.equal("none: the weights alone", a.source)
+    for _, arm in ipairs { "scalar:bits=3:codebook=calibrated", "scalar:bits=3:scale=calibrated", "scalar:bits=2:outliers=16:outlier_bits=3:pick=calibrated", "fp8-e4m3-head,mean=both", "kvquant-3" } do
+      assert.is_true(kv.policy.resolve(arm, m, { calib = a }).table_bytes > 0, arm)
+    end
+    assert.matches("from weights: text = or tokens = of held%-out text is needed", H.fails(a.check, a, "q4_0,mean=k"))
+    local path = os.tmpname()
+    a:save(path)
+    assert.are.equal(a.source, kv.calibrate { model = m, artifact = path }.source)
+    os.remove(path)
   end)
 
   it("may not be scored on its own text, wherever it begins", function()
