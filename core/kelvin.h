@@ -383,6 +383,14 @@ int  kv_session_save(const kv_session *s, const char *path, const int32_t *token
 int  kv_session_load(kv_session **out, kv_model *m, const kv_pack *p, int max_tokens, int salvage);
 kv_plan *kv_session_plan(const kv_session *s);                    /* a new reference */
 int  kv_session_max_tokens(const kv_session *s);
+/* KVTC tables, alone or with an offload.  tables_about NULL: they stay in a file of their own, whose digest the offload names.  load: k
+ * NULL takes the tables in the file; salvage 1: damaged blocks are missing, and restore gives the tokens before the first of them. */
+int  kv_kvtc_digest(const kv_kvtc *k, char *hex65);
+int  kv_kvtc_save(const kv_kvtc *k, const char *path, const char *about, const char *stage, int level);
+int  kv_kvtc_load(kv_kvtc **out, kv_model *m, const kv_pack *p);
+int  kv_offload_save(const kv_offload *o, const char *path, const int32_t *tokens, const char *about, const char *tables_about);
+int  kv_offload_load(kv_offload **out, kv_model *m, const kv_pack *p, kv_kvtc *k, int salvage);
+kv_kvtc *kv_offload_tables(const kv_offload *o);                  /* a new reference */
 
 /* ---- nearest vectors on codes -------------------------------------------------------------------------------------- */
 

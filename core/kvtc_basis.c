@@ -146,8 +146,8 @@ static int gather_rows(const kvtc_basis *b, const kvtc_space *s, const kv_calib 
     const int d = b->m->info.head_dim, wide = s->h1 - s->h0;
     float *rows = kv_alloc_array((size_t)c->n_sample * (size_t)d, sizeof *rows, false);
     int status = rows ? KV_OK : KV_E_NOMEM;
-    for (int slot = 0; slot < (s->l1 - s->l0) * wide && status >= 0; slot++) {
-        const int layer = s->l0 + slot / wide;
+    for (int slot = 0; slot < s->n_layers * wide && status >= 0; slot++) {
+        const int layer = s->layer[slot / wide];
         status = kv_calib_rows(c, side == KV_SIDE_K ? KV_CALIB_K_PRE : KV_CALIB_V, layer, s->h0 + slot % wide, rows);
         for (int t = 0; t < n && status >= 0; t++) {
             const int from = (int)((int64_t)t * c->n_sample / n);
@@ -198,6 +198,9 @@ static void one_space(void *ctx, int task, int thread)
     if (status < 0 && atomic_compare_exchange_strong(&j->status, &none, status)) snprintf(j->error, sizeof j->error, "%s", kv_last_error());
 }
 
+static int slides(const kv_model *m, int layer) { return m->geo.sliding && m->geo.sliding[layer] > 0; }
+
+/* Groups: global layers, then sliding ones, `layers` of them at a time; within, heads. */
 int kvtc_basis_alloc(kvtc_basis **out, kv_model *m, int layers, int heads, int rope)
 {
     const kv_model_info *info = &m->info;
@@ -212,17 +215,27 @@ int kvtc_basis_alloc(kvtc_basis **out, kv_model *m, int layers, int heads, int r
     b->heads = heads ? heads : info->n_kv_heads;
     b->rope = rope != 0;
     const int across = (info->n_kv_heads + b->heads - 1) / b->heads;
-    b->n_groups = (info->n_layers + b->layers - 1) / b->layers * across;
-    int status = KV_OK;
+    int n_slides = 0, status = KV_OK;
+    for (int l = 0; l < info->n_layers; l++) n_slides += slides(m, l);
+    b->n_groups = ((info->n_layers - n_slides + b->layers - 1) / b->layers + (n_slides + b->layers - 1) / b->layers) * across;
     for (int side = 0; side < 2; side++) {
         if (!(b->space[side] = kv_alloc_array((size_t)b->n_groups, sizeof(kvtc_space), true))) { status = KV_E_NOMEM; goto fail; }
-        for (int i = 0; i < b->n_groups; i++) {
+        for (int i = 0, kind = 0, next = 0; i < b->n_groups; i++) {
             kvtc_space *s = &b->space[side][i];
-            s->l0 = i / across * b->layers;
-            s->l1 = kv_min(info->n_layers, s->l0 + b->layers);
+            if (!(s->layer = kv_alloc_array((size_t)b->layers, sizeof *s->layer, true))) { status = KV_E_NOMEM; goto fail; }
+            if (i % across) {                            /* other heads of the same layers */
+                s->n_layers = s[-1].n_layers;
+                memcpy(s->layer, s[-1].layer, (size_t)s->n_layers * sizeof *s->layer);
+            }
+            while (i % across == 0 && s->n_layers < b->layers) {
+                while (next < info->n_layers && slides(m, next) != kind) next++;
+                if (next < info->n_layers) s->layer[s->n_layers++] = next++;
+                else if (s->n_layers || kind) break;
+                else kind = 1, next = 0;
+            }
             s->h0 = i % across * b->heads;
             s->h1 = kv_min(info->n_kv_heads, s->h0 + b->heads);
-            s->p = (s->l1 - s->l0) * (s->h1 - s->h0) * info->head_dim;
+            s->p = s->n_layers * (s->h1 - s->h0) * info->head_dim;
             FAIL_IF(s->p > KVTC_MAX_DIMS, KV_E_UNSUPPORTED, "kvtc: rows of %d numbers are more than %d; layers=N makes them shorter", s->p, KVTC_MAX_DIMS);
         }
     }
@@ -262,6 +275,7 @@ void kvtc_basis_free(kvtc_basis *b)
     for (int i = 0; i < 2 * b->n_groups; i++) {
         kvtc_space *s = b->space[i % 2] ? &b->space[i % 2][i / 2] : NULL;
         if (!s) continue;
+        kv_free(s->layer);
         kv_free(s->mean);
         kv_free(s->v);
         kv_free(s->z);

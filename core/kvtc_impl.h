@@ -12,7 +12,8 @@
 enum { KVTC_MAX_RANK = 10000 /* the paper's cap */, KVTC_HELD_OUT = 4 /* one row in so many decides the bits */, KVTC_ITERATIONS = 8 /* of the randomized SVD, B.1 */ };
 
 typedef struct kvtc_space {
-    int    l0, l1, h0, h1, p, rank, held;  /* layers [l0, l1), heads [h0, h1), p = their channels */
+    int   *layer, n_layers, h0, h1;        /* [n_layers] ascending, all global or all sliding; heads [h0, h1) */
+    int    p, rank, held;                  /* p: channels of a row, slot by slot: layers in turn, of each its heads */
     float *mean, *v, *z;                   /* [p], [rank][p] (every number an f16), [held][rank]: rows that the basis has not seen; NULL from a file */
 } kvtc_space;
 

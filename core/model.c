@@ -37,7 +37,7 @@ typedef struct owned {        /* what the model allocates besides its layers */
     double  *freq;            /* [2][n_rot/2]: global, then local */
     kv_rope *rope;
     int     *sliding;
-    double   local_base;
+    double   local_base, amplitude;   /* amplitude: YaRN's, of queries and of keys */
 } owned;
 
 /* ---- reading with checks */
@@ -168,19 +168,49 @@ static int load_shape(loader *ld)
     return KV_OK;
 }
 
-/* What 1 / frequency is multiplied by: linear scaling is also what a factor without a type means, under its old name too. */
-static int rope_factor(const loader *ld, double *factor)
+/* RoPE scaling.  factor: what 1 / frequency is multiplied by; linear scaling is also what a factor without a type means, under its
+ * old name too.  YaRN (arXiv 2309.00071): frequencies that turn more than beta_fast times in the original context stay, those that
+ * turn less than beta_slow times are divided by the factor, a ramp lies between; queries and keys grow by 1 + 0.1 ln factor. */
+typedef struct scaling { double factor, low, high /* of YaRN's ramp, in frequencies; low < 0: none */, amplitude; } scaling;
+
+static int yarn(const loader *ld, scaling *to)
+{
+    const kv_model_info *s = &ld->m->info;
+    double context, fast, slow, attention;
+    FORWARD_IF_ERROR(opt_number(ld, "rope.scaling.factor", 1, 1e6, 1, &to->factor));
+    FORWARD_IF_ERROR(opt_number(ld, "rope.scaling.original_context_length", 1, 1e9, s->n_ctx_train > 0 ? s->n_ctx_train : 4096, &context));
+    FORWARD_IF_ERROR(opt_number(ld, "rope.scaling.yarn_beta_fast", 1e-3, 1e6, 32, &fast));
+    FORWARD_IF_ERROR(opt_number(ld, "rope.scaling.yarn_beta_slow", 1e-3, 1e6, 1, &slow));
+    FORWARD_IF_ERROR(opt_number(ld, "rope.scaling.attn_factor", 1e-3, 1e3, 1, &attention));
+    RETURN_ERROR_IF(!(s->rope_base > 1), KV_E_UNSUPPORTED, "%s: rope scaling 'yarn' with rope.freq_base=%g", ld->path, s->rope_base);
+    const double per_ln = s->n_rot / (2 * log(s->rope_base)), turn = context / (2 * M_PI);
+    to->low = fmin(fmax(floor(per_ln * log(turn / fast)), 0), s->n_rot - 1);
+    to->high = fmin(fmax(ceil(per_ln * log(turn / slow)), 0), s->n_rot - 1);
+    to->amplitude = attention * (1 + 0.1 * log(to->factor));
+    return KV_OK;
+}
+
+static int rope_scaling(const loader *ld, scaling *to)
 {
     const char *type = "linear";
     size_t len = 6;
     char key[96];
-    *factor = 1;
+    *to = (scaling){ .factor = 1, .low = -1, .amplitude = 1 };
     snprintf(key, sizeof key, "%s.rope.scaling.type", ld->a->name);
     kv_gguf_string(ld->g, key, &type, &len);
     if (len == 4 && !memcmp(type, "none", 4)) return KV_OK;
-    RETURN_ERROR_IF(len != 6 || memcmp(type, "linear", 6), KV_E_UNSUPPORTED, "%s: rope scaling '%.*s' is not supported (allowed: none, linear, Llama 3's factors)", ld->path, (int)kv_min64((int64_t)len, 40), type);
-    FORWARD_IF_ERROR(opt_number(ld, "rope.scale_linear", 1, 1e6, 1, factor));
-    return opt_number(ld, "rope.scaling.factor", 1, 1e6, *factor, factor);
+    if (len == 4 && !memcmp(type, "yarn", 4)) return yarn(ld, to);
+    RETURN_ERROR_IF(len != 6 || memcmp(type, "linear", 6), KV_E_UNSUPPORTED, "%s: rope scaling '%.*s' is not supported (allowed: none, linear, yarn, Llama 3's factors)", ld->path, (int)kv_min64((int64_t)len, 40), type);
+    FORWARD_IF_ERROR(opt_number(ld, "rope.scale_linear", 1, 1e6, 1, &to->factor));
+    return opt_number(ld, "rope.scaling.factor", 1, 1e6, to->factor, &to->factor);
+}
+
+/* What frequency i is divided by. */
+static double divisor(const scaling *s, int i)
+{
+    if (s->low < 0) return s->factor;
+    const double stays = 1 - fmin(fmax((i - s->low) / fmax(s->high - s->low, 0.001), 0), 1);
+    return 1 / (stays + (1 - stays) / s->factor);
 }
 
 /* The window of each layer, 0 where it is global: by the file's list of sliding layers, by its period, or the family's. */
@@ -213,8 +243,10 @@ static int load_rope(loader *ld)
     const kv_model_info *s = &m->info;
     const int half = s->n_rot / 2;
     const bool own_base = ld->a->local_rope_base > 0;
-    double factor;
-    FORWARD_IF_ERROR(rope_factor(ld, &factor));
+    scaling scaled;
+    FORWARD_IF_ERROR(rope_scaling(ld, &scaled));
+    RETURN_ERROR_IF(scaled.amplitude != 1 && s->n_rot != s->head_dim, KV_E_UNSUPPORTED, "%s: rope scaling 'yarn' of %d of %d channels", ld->path, s->n_rot, s->head_dim);
+    o->amplitude = scaled.amplitude;
     FORWARD_IF_ERROR(opt_number(ld, "rope.freq_base_swa", 1, 1e12, own_base ? ld->a->local_rope_base : s->rope_base, &o->local_base));
     o->freq = kv_alloc_array((size_t)kv_max(half, 1) * 2, sizeof *o->freq, true);
     o->rope = kv_alloc_array((size_t)s->n_layers, sizeof *o->rope, true);
@@ -225,7 +257,7 @@ static int load_rope(loader *ld)
     float *divide = NULL;                     /* Llama 3's frequency factors */
     FORWARD_IF_ERROR(load_vector(ld, "rope_freqs.weight", kv_max(half, 1), true, &divide));
     for (int i = 0; i < half; i++) {
-        const double by = factor * (divide && divide[i] > 0 ? divide[i] : 1), power = -2.0 * i / s->n_rot;
+        const double by = divisor(&scaled, i) * (divide && divide[i] > 0 ? divide[i] : 1), power = -2.0 * i / s->n_rot;
         o->freq[i] = pow(s->rope_base, power) / by;
         o->freq[half + i] = pow(o->local_base, power) / (own_base ? 1 : by);
     }
@@ -338,7 +370,8 @@ static int load(loader *ld)
     FORWARD_IF_ERROR(opt_number(ld, "attn_logit_softcapping", 0, 1e6, ld->a->score_cap, &softcap));
     for (int l = 0; l < s->n_layers; l++) {
         FORWARD_IF_ERROR(load_layer(ld, l));
-        m->layer[l].scale = (float)attention_scale(s);
+        /* Scores take both amplitudes; keys stay rotations of what they were, which undoing RoPE and page-relative RoPE rely on. */
+        m->layer[l].scale = (float)(attention_scale(s) * ((owned *)m->owned)->amplitude * ((owned *)m->owned)->amplitude);
         m->layer[l].softcap = (float)softcap;
     }
     FORWARD_IF_ERROR(opt_number(ld, "final_logit_softcapping", 0, 1e6, ld->a->logit_cap, &softcap));

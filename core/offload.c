@@ -3,8 +3,8 @@
  *   tokens   | sink | block | block | ... | window |        block: a payload of each side and group of slots, readable alone
  *
  * A session that went on is taken up with kv_offload_extend: what has left the window since becomes blocks of its own, older
- * blocks stay as they are, so nothing is coded twice.  Sliding layers have let go of early tokens: there the row holds the mean,
- * which costs no bits and comes back to nobody. */
+ * blocks stay as they are, so nothing is coded twice.  Sliding layers have groups of their own: blocks that they have let go of
+ * hold nothing for them, and in a block that they still see in part the rows before hold the mean. */
 #include <math.h>
 #include "offload.h"
 
@@ -14,8 +14,8 @@ static int rows_in(const kvtc_basis *b, const kvtc_space *g, int side, int tok0,
     const int d = b->m->info.head_dim, wide = g->h1 - g->h0;
     float *rows = kv_alloc_array((size_t)n, (size_t)d * sizeof *rows, false);
     int status = rows ? KV_OK : KV_E_NOMEM;
-    for (int slot = 0; slot < (g->l1 - g->l0) * wide && status >= 0; slot++) {
-        const int layer = g->l0 + slot / wide, head = g->h0 + slot % wide, held = kv_min(n, kv_max(0, kv_session_first_held(s, layer) - tok0));
+    for (int slot = 0; slot < g->n_layers * wide && status >= 0; slot++) {
+        const int layer = g->layer[slot / wide], head = g->h0 + slot % wide, held = kv_min(n, kv_max(0, kv_session_first_held(s, layer) - tok0));
         float *const at = x + (size_t)slot * (size_t)d;
         for (int t = 0; t < held; t++) memcpy(at + (size_t)t * (size_t)g->p, g->mean + (size_t)slot * (size_t)d, (size_t)d * sizeof *at);
         if (held == n) continue;
@@ -30,8 +30,8 @@ static int rows_in(const kvtc_basis *b, const kvtc_space *g, int side, int tok0,
 static void rows_out(const kvtc_basis *b, const kvtc_space *g, int side, int tok0, int n, const float *x, float *heads /* [layer][head][n][d] */)
 {
     const int d = b->m->info.head_dim, nh = b->m->info.n_kv_heads, wide = g->h1 - g->h0;
-    for (int slot = 0; slot < (g->l1 - g->l0) * wide; slot++) {
-        const int layer = g->l0 + slot / wide, head = g->h0 + slot % wide;
+    for (int slot = 0; slot < g->n_layers * wide; slot++) {
+        const int layer = g->layer[slot / wide], head = g->h0 + slot % wide;
         float *rows = heads + (size_t)(layer * nh + head) * (size_t)n * (size_t)d;
         for (int t = 0; t < n; t++) memcpy(rows + (size_t)t * (size_t)d, x + (size_t)t * (size_t)g->p + (size_t)slot * (size_t)d, (size_t)d * sizeof *rows);
         if (side == KV_SIDE_K && b->rope) kv_rope_rows(&b->m->geo.rope[layer], rows, d, n, tok0, 1);
@@ -73,6 +73,23 @@ static int add_blocks(kv_offload *o, int n_coded)
     return KV_OK;
 }
 
+/* Whether no layer of a group still has rows of a block. */
+static bool gone(const kvtc_space *g, offload_block at, const kv_session *s)
+{
+    for (int i = 0; i < g->n_layers; i++)
+        if (kv_session_first_held(s, g->layer[i]) < at.tok0 + at.n) return false;
+    return true;
+}
+
+static int hold_nothing(kvtc_payload *part)
+{
+    uint8_t *none = kv_alloc(1);
+    if (!none) return KV_E_NOMEM;
+    kv_free(part->data);
+    *part = (kvtc_payload){ none, 0, OFFLOAD_NOTHING };
+    return KV_OK;
+}
+
 static int encode_blocks(kv_offload *o, const kv_session *s, int from)
 {
     const kvtc_basis *b = o->k->basis;
@@ -83,6 +100,10 @@ static int encode_blocks(kv_offload *o, const kv_session *s, int from)
         const offload_block at = o->block[i / (2 * b->n_groups)];
         const int side = i / b->n_groups % 2;
         const kvtc_group *g = &o->k->group[side][i % b->n_groups];
+        if (gone(g->space, at, s)) {
+            status = hold_nothing(&o->part[i]);
+            continue;
+        }
         status = rows_in(b, g->space, side, at.tok0, at.n, s, x);
         if (status >= 0) status = kvtc_encode_rows(g, x, at.n, o->stage, o->level, &o->part[i]);
     }
@@ -158,7 +179,12 @@ static int extend(kv_offload *o, const kv_session *s, int window)
     FORWARD_IF_ERROR(add_blocks(o, n - o->sink - window));
     o->n_tokens = n;
     FORWARD_IF_ERROR(encode_blocks(o, s, from));
-    return keep_exact(o, s);
+    FORWARD_IF_ERROR(keep_exact(o, s));
+    for (int i = 0; i < from * 2 * o->k->basis->n_groups; i++) {
+        const kvtc_space *g = &o->k->basis->space[0][i % o->k->basis->n_groups];
+        if (o->part[i].stage != OFFLOAD_NOTHING && gone(g, o->block[i / (2 * o->k->basis->n_groups)], s)) FORWARD_IF_ERROR(hold_nothing(&o->part[i]));
+    }
+    return KV_OK;
 }
 
 int kv_offload_new(kv_offload **out, kv_kvtc *k, const kv_session *s, int sink, int window, int block_tokens, const char *stage_name, int level)
@@ -211,6 +237,13 @@ void kv_offload_free(kv_offload *o)
 
 /* ---- what is there */
 
+kv_kvtc *kv_offload_tables(const kv_offload *o)
+{
+    if (!o) return NULL;
+    atomic_fetch_add(&o->k->refs, 1);
+    return o->k;
+}
+
 int kv_offload_shape(const kv_offload *o, int *n_tokens, int *n_coded, int *n_blocks)
 {
     RETURN_ERROR_IF(!o || !n_tokens || !n_coded || !n_blocks, KV_E_ARG, "offload: NULL argument");
@@ -261,8 +294,9 @@ int kv_offload_read(const kv_offload *o, int side, int block, float *dst)
     for (int i = 0; i < b->n_groups && status >= 0; i++) {
         const kvtc_group *g = &o->k->group[side][i];
         const kvtc_payload *part = &o->part[((size_t)block * 2 + (size_t)side) * (size_t)b->n_groups + (size_t)i];
-        status = part->data ? kvtc_decode_rows(g, part, at.n, x)
-            : kv_set_error(KV_E_CORRUPT, "offload: block %d (tokens %d..%d) was damaged in the file", block + 1, at.tok0 + 1, at.tok0 + at.n);
+        for (int t = 0; t < at.n && part->stage == OFFLOAD_NOTHING; t++) memcpy(x + (size_t)t * (size_t)g->space->p, g->space->mean, (size_t)g->space->p * sizeof *x);
+        if (!part->data) status = kv_set_error(KV_E_CORRUPT, "offload: block %d (tokens %d..%d) was damaged in the file", block + 1, at.tok0 + 1, at.tok0 + at.n);
+        else if (part->stage != OFFLOAD_NOTHING) status = kvtc_decode_rows(g, part, at.n, x);
         if (status >= 0) rows_out(b, g->space, side, at.tok0, at.n, x, dst);
     }
     kv_free(x);

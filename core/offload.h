@@ -4,7 +4,8 @@
 #include "container.h"
 #include "kvtc_impl.h"
 
-enum { OFFLOAD_MAX_BLOCK = 1 << 14, OFFLOAD_INDEX_BYTES = 16 /* of a payload: address, length, stage */ };
+enum { OFFLOAD_MAX_BLOCK = 1 << 14, OFFLOAD_INDEX_BYTES = 16 /* of a payload: address, length, stage */,
+       OFFLOAD_NOTHING = 4 /* a payload's stage: rows that sliding layers had let go of, they come back as the mean */ };
 
 typedef struct offload_block { int tok0, n; } offload_block;
 struct kv_offload {

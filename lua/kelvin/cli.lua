@@ -84,8 +84,9 @@ local function parser()
   models:flag("--meta", "List the file's metadata too.")
 
   local cache = p:command("cache", "Keep a prompt's cache in a file; see and check such files (any that kv.save wrote).",
-    "Examples: kelvin cache make prompt.kv --text prompt.txt --arm turboquant-4; kelvin cache info prompt.kv; kelvin cache verify prompt.kv")
-  cache:argument("what", "make, info or verify."):choices { "make", "info", "verify" }
+    "Examples: kelvin cache make prompt.kv --text prompt.txt --arm turboquant-4; kelvin cache info prompt.kv; kelvin cache verify prompt.kv; "
+    .. "kelvin cache tables t.kv --artifact smollm2.kvcal --offload kvtc-16x; kelvin cache make prompt.kv --text prompt.txt --tables t.kv")
+  cache:argument("what", "make, info, verify, or tables (KVTC's, that serve many caches)."):choices { "make", "info", "verify", "tables" }
   cache:argument("file", "The file."):argname "FILE"
   cache:option("--text", "make: the text whose cache it is."):argname "TEXT"
   cache:option("--model", "make: a model's name or a .gguf file."):default(DEFAULT_MODEL):argname "MODEL"
@@ -93,6 +94,11 @@ local function parser()
   cache:option("--stage", "make: raw, zlib, lzma, rans or smallest."):choices { "raw", "zlib", "lzma", "rans", "smallest" }:default "raw"
   cache:option("--level", "make: of zlib (1-9) or lzma (0-9)."):convert(from_zero "--level"):argname "N"
   cache:option("--context", "make: tokens the cache can hold."):convert(positive "--context"):default "4096":argname "N"
+  cache:option("--offload", "make, tables: KVTC over layers and heads: kvtc-16x, kvtc-k4v2, ... (make: the tables lie in the file)."):argname "NAME"
+  cache:option("--artifact", "make, tables: calibration of `kelvin calibrate` that --offload is made from."):argname "FILE"
+  cache:option("--tables", "make: KVTC tables in a file of their own, which the cache then names."):argname "FILE"
+  cache:option("--sink", "make: tokens at the beginning that KVTC leaves exact."):convert(from_zero "--sink"):default "4":argname "N"
+  cache:option("--window", "make: tokens at the end that KVTC leaves exact."):convert(from_zero "--window"):default "128":argname "N"
 
   p:command("doctor", "What is here, what is missing, and how to get it.", "Example: kelvin doctor")
 
@@ -327,13 +333,29 @@ end
 function commands.index(a) return require("kelvin.index").main(a) end
 function commands.bench(a) return require("kelvin.bench").main(a) end
 
+-- KVTC tables as asked for: a saved file's, or made of a calibration; nil when neither is.
+local function kvtc_tables(a, model)
+  check.that(not (a.tables and a.offload), "cache: --tables or --offload, not both")
+  if a.tables then return require("kelvin.container").load(a.tables, { model = model }) end
+  if not a.offload then return nil end
+  local kvtc = require "kelvin.kvtc"
+  local preset = check.that(kvtc.presets[a.offload], "cache: --offload '%s' is none of %s", a.offload, kvtc.preset_names())
+  local calib = model:calibrate { artifact = check.that(a.artifact, "cache: --offload needs --artifact FILE (kelvin calibrate %s --rows 2048 ...)", a.model) }
+  return kvtc.new { calib = calib, ratio_k = preset.ratio_k, ratio_v = preset.ratio_v }
+end
+
 function commands.cache(a)
   local container = require "kelvin.container"
-  if a.what == "make" then
+  local model = (a.what == "make" or a.what == "tables") and require("kelvin.model").open(a.model)
+  local tables = model and kvtc_tables(a, model)
+  if a.what == "tables" then
+    container.save(a.file, check.that(tables, "cache tables: --offload NAME and --artifact FILE are needed"), { stage = a.stage, level = a.level })
+  elseif a.what == "make" then
     local text = read_file(check.that(a.text, "cache make: --text FILE is needed"), "--text")
-    local session = require("kelvin.model").open(a.model):session { arm = a.arm, max_tokens = a.context }
+    local session = model:session { arm = a.arm, max_tokens = a.context }
     session:feed(text)
-    session:save(a.file, { stage = a.stage, level = a.level })
+    if tables then container.save(a.file, require("kelvin.kvtc").offload { session = session, codec = tables, sink = a.sink, window = a.window }, { tables = not a.tables })
+    else session:save(a.file, { stage = a.stage, level = a.level }) end
     print(tostring(session))
   end
   local f = container.open(a.file)

@@ -10,8 +10,9 @@ local M, File = {}, {}
 File.__index, File.__name = {}, "file"
 
 doc("kv.save", [[
-  kv.save(path, thing [, { stage = "raw", level = }]) -> path
-  A block (codec:encode) or a session as a file: encoded pages as they are, codecs with every parameter and their calibrated
+  kv.save(path, thing [, { stage = "raw", level =, tables = true }]) -> path
+  A block (codec:encode), a session, kvtc tables or an offload (tables = false: without its tables, which have a file of their
+  own) as a file: encoded pages as they are, codecs with every parameter and their calibrated
   tables, a checksum a page.  stage: "raw" (pages can be mapped), "zlib" (level 1..9), "lzma" (level 0..9), "rans" (static
   tables), "smallest" (the best of them for each page).  What does not shrink stays raw.  kv.load(path) gives the thing back.]])
 function M.save(path, thing, o)
@@ -19,19 +20,19 @@ function M.save(path, thing, o)
   check.that(type(path) == "string" and #path > 0, "kv.save: path is a %s, a file name is needed", type(path))
   local mt = getmetatable(thing)
   local save = mt and type(mt.__index) ~= "nil" and thing._save
-  check.that(save, "kv.save: a %s given; a block, a session or an index can be saved", mt and mt.__name or type(thing))
+  check.that(save, "kv.save: a %s given; a block, a session, an index, an offload or kvtc tables can be saved", mt and mt.__name or type(thing))
   check.that(o.level == nil or type(o.level) == "number" and o.level % 1 == 0, "kv.save: level=%s is not a whole number", tostring(o.level))
-  save(thing, path, o.stage or "raw", o.level or -1)
+  save(thing, path, o.stage or "raw", o.level or -1, o)
   return path
 end
 
 --- Kind of a file's first section -> the module whose _load(file, options) makes the thing of it.
-M.loaders = { block = "kelvin.codec", cache = "kelvin.session", index = "kelvin.index" }
+M.loaders = { block = "kelvin.codec", cache = "kelvin.session", index = "kelvin.index", kvtc = "kelvin.kvtc", offload = "kelvin.kvtc" }
 
 doc("kv.load", [[
-  kv.load(path [, { model =, max_tokens =, salvage = false }]) -> thing
+  kv.load(path [, { model =, max_tokens =, tables =, salvage = false }]) -> thing
   What kv.save wrote.  A session needs the model that it was made with (model: a model, a name or a path; default: the name
-  in the file): another one is refused, naming both digests.  max_tokens: room for more tokens than it had.  A damaged page is
+  in the file): another one is refused, naming both digests; so are the tables of an offload (tables =).  max_tokens: room for more tokens than it had.  A damaged page is
   an error that names it; with salvage = true a block's damaged pages decode from zeros, a session keeps the tokens before the
   first of them, and thing.damaged lists the messages.]])
 function M.load(path, o)

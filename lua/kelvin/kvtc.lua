@@ -6,6 +6,7 @@ local K = require "kelvin.ffi"
 local C, ffi = K.C, K.ffi
 local check = require "kelvin.check"
 local bytes = require "kelvin.bytes"
+local json = require "kelvin.json"
 local doc = require("kelvin.help").doc
 
 local M, Tables, Offload = {}, {}, {}
@@ -21,7 +22,7 @@ for _, n in ipairs { 8, 16, 20, 32, 64 } do M.presets[("kvtc-%dx"):format(n)] = 
 for _, name in ipairs { "k1v3", "k2v3", "k2v4", "k3v4", "k4v2", "k4v6" } do
   M.presets["kvtc-" .. name] = { ratio_k = 16 / tonumber(name:sub(2, 2)), ratio_v = 16 / tonumber(name:sub(4, 4)) }
 end
-local function preset_names()
+function M.preset_names()
   local names = {}
   for name in pairs(M.presets) do names[#names + 1] = name end
   table.sort(names)
@@ -105,7 +106,7 @@ function M.offload(o)
   check.that(o.session and o.session._s, "kv.offload: session = is needed")
   local tables = o.codec or "kvtc-16x"
   if type(tables) == "string" then
-    local preset = check.that(M.presets[tables], "kv.offload: codec '%s' is none of %s or kv.kvtc{...}", tables, preset_names())
+    local preset = check.that(M.presets[tables], "kv.offload: codec '%s' is none of %s or kv.kvtc{...}", tables, M.preset_names())
     tables = M.new { calib = o.calib, ratio_k = preset.ratio_k, ratio_v = preset.ratio_v }
   end
   check.that(getmetatable(tables) == Tables, "kv.offload: codec is neither a name nor kv.kvtc{...}")
@@ -119,7 +120,7 @@ function M.offload(o)
   end)
   local ids = {}
   for i, id in ipairs(o.session.ids) do ids[i] = id end
-  return refresh(setmetatable({ _o = h, model = o.session.model, tables = tables, ids = ids, block = block, sink = sink, window = window, cadence = cadence }, Offload))
+  return refresh(setmetatable({ _o = h, model = o.session.model, tables = tables, ids = ids, sink = sink, window = window, cadence = cadence }, Offload))
 end
 
 --- o:extend(session): the session has gone on (or one that was restored has); nothing that is coded is coded again.
@@ -182,6 +183,53 @@ function Offload:read(side, block)
   local t = require("kelvin.tensor").zeros { self.model.n_layers, self.model.n_kv_heads, n, self.model.head_dim }
   check(C.kv_offload_read(self._o, side == "k" and C.KV_SIDE_K or C.KV_SIDE_V, block - 1, t:_data()))
   return t
+end
+
+-- ---- files
+
+local function of(model) return { name = model.name, path = model.path } end
+local function about_tables(t) return json.encode { about = tostring(t), model = of(t.model), settings = t.about } end
+
+--- kv.save(path, tables): for kelvin.container.
+function Tables:_save(path, stage, level) check(C.kv_kvtc_save(self._k, path, about_tables(self), stage, level)) end
+
+--- Digest of everything that rows are coded with.
+function Tables:digest()
+  local hex = ffi.new "char[65]"
+  check(C.kv_kvtc_digest(self._k, hex))
+  return ffi.string(hex, 64)
+end
+
+--- kv.save(path, offload): its payloads are coded already, so stage and level are the tables'.
+function Offload:_save(path, _, _, o)
+  local ids = ffi.new("int32_t[?]", self.n_tokens)
+  for i = 1, self.n_tokens do ids[i - 1] = self.ids[i] end
+  local about = json.encode { about = tostring(self), model = of(self.model), window = self.window, cadence = self.cadence }
+  check(C.kv_offload_save(self._o, path, ids, about, o.tables ~= false and about_tables(self.tables) or nil))
+end
+
+--- For kelvin.container: tables or an offload in a file.
+function M._load(file, o)
+  local models = require "kelvin.model"
+  local meta = file.sections[1].meta
+  local given = o.tables
+  check.that(given == nil or getmetatable(given) == Tables, "kv.load: tables is a %s, not kvtc tables", type(given))
+  local m = o.model or given and given.model or meta.model and (meta.model.name and select(2, models.find(meta.model.name)) and meta.model.name or meta.model.path)
+  check.that(m, "kv.load: file '%s' does not say which model it belongs to: model = is needed", file.path)
+  if type(m) == "string" then m = models.open(m) end
+  local tables_section = file:section "kvtc"
+  local settings = tables_section and type(tables_section.meta.settings) == "table" and tables_section.meta.settings or {}
+  if file.sections[1].kind == "kvtc" then
+    return wrap(K.handle("kv_kvtc", C.kv_kvtc_free, function(out) return C.kv_kvtc_load(out, m._m, file._p) end), m, settings)
+  end
+  local h = K.handle("kv_offload", C.kv_offload_free, function(out) return C.kv_offload_load(out, m._m, file._p, given and given._k or nil, o.salvage and 1 or 0) end)
+  local tables = given or wrap(ffi.gc(C.kv_offload_tables(h), C.kv_kvtc_free), m, settings)
+  local self = refresh(setmetatable({ _o = h, model = m, tables = tables, ids = {}, window = tonumber(meta.window) or 128, cadence = tonumber(meta.cadence) or 16 }, Offload))
+  local ids = ffi.cast("const int32_t*", file:page(1, 3))
+  for i = 1, self.n_tokens do self.ids[i] = ids[i - 1] end
+  m:_ids(self.ids, "kv.load")
+  self.sink = self:range(1) - 1
+  return self
 end
 
 function Offload:__tostring()

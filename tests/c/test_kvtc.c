@@ -3,6 +3,7 @@
 #include "check.h"
 #include "codec.h"
 #include "kvtc.h"
+#include "kvtc_impl.h"
 
 enum { ROWS = 200 };
 
@@ -182,8 +183,51 @@ static void test_codec(void)
     kv_free(y);
 }
 
+/* Components of a fixed matrix against NumPy's singular values, from either Gram matrix and by random subspaces:
+ *
+ *   python3 -c "import numpy as np
+ *   for n, p in ((40, 24), (24, 40)):
+ *       t, i = np.meshgrid(np.arange(n), np.arange(p), indexing='ij')
+ *       x = sum(np.exp(-0.4 * k) * np.cos(0.7 * (k + 1) * t + 0.3 * (k * k + 1) * i) for k in range(10))
+ *       print(np.linalg.svd(x - x.mean(0), compute_uv=False)[:8])" */
+static void test_components(void)
+{
+    enum { TOP = 8 };
+    static const double singular[2][TOP] = { { 16.84982, 14.75811, 10.80988, 10.35135, 8.519641, 5.806412, 5.20386, 4.609596 },
+                                             { 15.84983, 15.34152, 10.63714, 10.11213, 8.750301, 5.77633, 5.569754, 4.6583 } };
+    for (int wide = 0; wide < 2; wide++) {
+        const int n = wide ? 24 : 40, p = wide ? 40 : 24;
+        float x[40 * 40], v[TOP * 40], z[40 * TOP];
+        for (int i = 0; i < p; i++) {
+            double mean = 0;
+            for (int t = 0; t < n; t++) {
+                double sum = 0;
+                for (int k = 0; k < 10; k++) sum += exp(-0.4 * k) * cos(0.7 * (k + 1) * t + 0.3 * (k * k + 1) * i);
+                x[t * p + i] = (float)sum;
+                mean += sum / n;
+            }
+            for (int t = 0; t < n; t++) x[t * p + i] -= (float)mean;
+        }
+        for (int randomized = 0; randomized < 2; randomized++) {
+            CHECK(kvtc_components(x, n, p, TOP, randomized, 3, v) == TOP, "%s", kv_last_error());
+            kvtc_gemm(1, n, TOP, p, x, v, p, 0, z);
+            for (int j = 0; j < TOP; j++) {
+                double energy = 0, worst = 0;
+                for (int t = 0; t < n; t++) energy += (double)z[t * TOP + j] * z[t * TOP + j];
+                for (int k = 0; k < TOP; k++) {
+                    double dot = -(j == k);
+                    for (int i = 0; i < p; i++) dot += (double)v[j * p + i] * v[k * p + i];
+                    worst = fmax(worst, fabs(dot));
+                }
+                CHECK(fabs(sqrt(energy) / singular[wide][j] - 1) < 1e-3 && worst < 2e-3, "%d x %d, randomized=%d: component %d has %g, NumPy %g; %g from orthonormal", n, p, randomized, j, sqrt(energy), singular[wide][j], worst);
+            }
+        }
+    }
+}
+
 int main(void)
 {
+    test_components();
     test_allocation();
     test_greedy();
     test_rows();

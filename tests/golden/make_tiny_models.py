@@ -103,6 +103,10 @@ FAMILIES = {
             sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention", "sliding_attention"], rms_norm_eps=1e-6,
             rope_parameters=dict(full_attention=dict(rope_type="default", rope_theta=500000.0), sliding_attention=dict(rope_type="default", rope_theta=500.0))),
         tokenizer=("spm", GEMMA, False), bos="<bos>", eos="<eos>"),
+    "yarn": dict(arch="qwen2", about="RoPE scaling of YaRN: stays, ramp and interpolation, and its amplitude",
+        config=lambda v: hf.Qwen2Config(**COMMON, vocab_size=v, tie_word_embeddings=False, rms_norm_eps=1e-6, rope_parameters=dict(rope_type="yarn", rope_theta=10000.0,
+            factor=4.0, original_max_position_embeddings=64, beta_fast=4.0, beta_slow=0.5)),
+        tokenizer=("bpe", "qwen2", LLAMA3.replace("{1,3}", ""), CHATML, False, 0), bos=None, eos="<|im_end|>"),
 }
 # Formats by the last part of a tensor's name; vectors are f32.
 FORMAT = dict(attn_q=T.Q8_0, attn_k=T.F16, attn_v=T.BF16, attn_output=T.Q8_0, ffn_gate=T.Q5_1, ffn_up=T.Q4_1, ffn_down=T.Q8_0, token_embd=T.Q8_0, output=T.F16)
@@ -179,6 +183,12 @@ def write_keys(out, f, c):
     if rope["rope_type"] == "linear":
         out.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         out.add_rope_scaling_factor(rope["factor"])
+    if rope["rope_type"] == "yarn":
+        out.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        out.add_rope_scaling_factor(rope["factor"])
+        out.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+        out.add_rope_scaling_yarn_beta_fast(rope["beta_fast"])
+        out.add_rope_scaling_yarn_beta_slow(rope["beta_slow"])
     if f["arch"].startswith("gemma"):
         out.add_sliding_window(c.sliding_window)
     if f.get("listed"):                             # as later converters write layers without a period

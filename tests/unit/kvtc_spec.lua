@@ -126,8 +126,7 @@ describe("kv.offload", function()
     local o = kv.offload { session = long, codec = kv.kvtc { calib = c, ratio = 2, types = "fine" }, sink = 4, window = 16, cadence = 1, block = 20 }
     local r = o:restore(g:session { max_tokens = N + 8 })
     assert.is_true(kv.compare(long:fork():feed(ids(4, 3)):logits(), r:feed(ids(4, 3)):logits()).rel_mse < 0.01)
-    -- Counted against what an f16 cache would hold, so window rows that its layers had let go of are a loss: 16 of 150 in six of seven layers.
-    assert.is_true(o:ratio().whole < 1)
+    assert.is_true(o:ratio().tokens > 1.4 and o:ratio().tokens < 2.1)       -- of what an f16 cache would still hold
   end)
 
   it("makes a basis per head, of keys as cached, and by randomized SVD", function()
@@ -149,6 +148,139 @@ describe("kv.offload", function()
     local own = kv.kvtc { calib = calib, ratio = 8, types = "fine" }
     assert.are.equal(own.bytes, shared.bytes)
     assert.are.equal(0, kv.compare(kv.offload { session = s, codec = own, window = 16 }:read("v", 1), kv.offload { session = s, codec = shared, window = 16 }:read("v", 1)).max_abs)
+  end)
+
+  it("undoes RoPE however it is scaled and laid out: bases from keys before RoPE fit rows read from the cache", function()
+    -- Pairs side by side in the file with linear scaling, Llama 3's factors, YaRN, and only half of the channels turned.
+    local path = os.tmpname()
+    local f = assert(io.open(H.root .. "/tests/golden/tiny/mistral.gguf", "rb"))
+    local text = f:read "*a"
+    f:close()
+    local at = select(2, text:find("llama.rope.dimension_count", 1, true))
+    assert.are.equal("\4\0\0\0\32\0\0\0", text:sub(at + 1, at + 8))
+    f = assert(io.open(path, "wb"))
+    f:write(text:sub(1, at + 4), "\16", text:sub(at + 6))
+    f:close()
+    for _, file in ipairs { H.root .. "/tests/golden/tiny/llama.gguf", H.root .. "/tests/golden/tiny/llama3.gguf", H.root .. "/tests/golden/tiny/yarn.gguf", path } do
+      local g = kv.model(file)
+      local ids = {}
+      for i = 1, 1200 do ids[i] = math.floor(kv.random(5, 0, i) * g.n_vocab) end
+      local c = kv.calibrate { model = g, tokens = ids, context = 300, chunks = 3, skip = 4 }
+      local long = g:session { max_tokens = 300 }:feed({ unpack(ids, 901, 1200) }, { logits = "none" })
+      -- Few components: rows whose RoPE were not undone just so would not lie where the basis is.
+      local o = kv.offload { session = long, codec = kv.kvtc { calib = c, ratio = 2, types = "fine", layers = 1 }, sink = 4, window = 16, cadence = 1, block = 300 }
+      local x = o:read("k", 1)
+      local n = x:shape()[3]
+      local whole = kv.compare(long:read { layer = 2, head = 2, side = "k", first = 5, last = 4 + n }, x:select(1, 2):select(1, 2)).rel_mse
+      assert.is_true(whole < 2e-3, ("%s: %g"):format(file, whole))
+      local few = kv.kvtc { calib = c, ratio = 2, types = "fine", layers = 1, rank = 16 }
+      local cached = kv.kvtc { calib = c, ratio = 2, types = "fine", layers = 1, rank = 16, rope = false }
+      local function lost(t)
+        local y = kv.offload { session = long, codec = t, sink = 4, window = 16, cadence = 1, block = 300 }:read("k", 1)
+        return kv.compare(long:read { layer = 2, head = 2, side = "k", first = 5, last = 4 + n }, y:select(1, 2):select(1, 2)).rel_mse
+      end
+      assert.is_true(lost(few) < 0.9 * lost(cached), ("%s: %g undone, %g as cached"):format(file, lost(few), lost(cached)))
+    end
+    os.remove(path)
+  end)
+
+  describe("in files", function()
+    local path = os.tmpname()
+    teardown(function() os.remove(path) os.remove(path .. ".tables") end)
+
+    local function read_file()
+      local f = assert(io.open(path, "rb"))
+      local text = f:read "*a"
+      f:close()
+      return text
+    end
+
+    it("comes back the same, rows, tokens and sizes, with its tables or beside them", function()
+      for _, types in ipairs { "paper", "fine", "e4m3" } do
+        local t = kv.kvtc { basis = tables, ratio = 6, types = types }
+        local o = kv.offload { session = s, codec = t, sink = 3, window = 32, block = 20 }
+        kv.save(path, o)
+        local again = kv.load(path, { model = m })
+        assert.are.equal(t:digest(), again.tables:digest())
+        assert.are.equal(tostring(o), tostring(again))
+        assert.are.equal(types, again.tables.about.types)
+        for _, side in ipairs { "k", "v" } do
+          for b = 1, o.n_blocks do assert.are.equal(0, kv.compare(o:read(side, b), again:read(side, b)).max_abs) end
+        end
+        local r = back(again)
+        assert.are.same(s.ids, r.ids)
+        assert.are.equal(0, kv.compare(back(o):feed(tokens(4, 3)):logits(), r:feed(tokens(4, 3)):logits()).max_abs)
+        kv.save(path .. ".tables", t)
+        kv.save(path, o, { tables = false })
+        local alone = kv.load(path .. ".tables", { model = m })
+        assert.are.equal(t.bytes, alone.bytes)
+        again = kv.load(path, { tables = alone })
+        assert.are.equal(0, kv.compare(o:read("k", 1), again:read("k", 1)).max_abs)
+        assert.is_true(#read_file() < o:bytes().total - t.bytes + 8192, "a file without tables is not small")
+      end
+    end)
+
+    it("goes on after loading: extend codes what left the window since", function()
+      local part = m:session { max_tokens = N + 8 }:feed({ unpack(tokens(N, 2), 1, 90) }, { logits = "none" })
+      kv.save(path, kv.offload { session = part, codec = tables, sink = 4, window = 32, cadence = 16, block = 20 })
+      local o = kv.load(path, { model = m })
+      local r = o:restore(m:session { max_tokens = N + 8 }):feed({ unpack(tokens(N, 2), 91, N) }, { logits = "none" })
+      local before = o.n_coded
+      assert.is_true(o:extend(r).n_coded > before)
+      assert.are.equal(N, o.n_tokens)
+    end)
+
+    it("is refused with other tables, another model, or none, naming what is wrong", function()
+      local function refused(text, f)
+        local ok, err = pcall(f)
+        assert.is_false(ok)
+        assert.matches(text, tostring(err))
+      end
+      kv.save(path, kv.offload { session = s, codec = tables, window = 32 }, { tables = false })
+      refused("saved without its tables", function() kv.load(path, { model = m }) end)
+      refused("was coded with tables %x+, these are %x+", function() kv.load(path, { tables = kv.kvtc { basis = tables, ratio = 9 } }) end)
+      kv.save(path, tables)
+      refused("has tables of model %x+, this model is %x+", function() kv.load(path, { model = H.root .. "/tests/golden/tiny/llama3.gguf" }) end)
+      refused("have their own components only", function() kv.kvtc { basis = kv.load(path, { model = m }), ratio = 8 } end)
+    end)
+
+    it("names a damaged block, reads the others, and restores the tokens before it", function()
+      local o = kv.offload { session = s, codec = tables, window = 32, block = 20 }
+      kv.save(path, o)
+      local file = kv.container.open(path)
+      local payload = file:page(#file.sections, 2 * 2 * (o.n_blocks > 2 and 1 or 0) + 1):sub(2)       -- of the second or third block
+      local text = read_file()
+      local at = text:find(payload, 1, true)
+      local f = assert(io.open(path, "wb"))
+      f:write(text:sub(1, at + 3), string.char((text:byte(at + 4) + 1) % 256), text:sub(at + 5))
+      f:close()
+      assert.has_error(function() kv.load(path, { model = m }) end)
+      local got = kv.load(path, { model = m, salvage = true })
+      assert.are.equal(1, #got.damaged)
+      local damaged, whole
+      for b = 1, got.n_blocks do
+        local ok, err = pcall(got.read, got, "k", b)
+        if ok then whole = b else damaged = damaged or b assert.matches("block " .. b .. " .* was damaged", tostring(err)) end
+      end
+      assert.is_true(damaged and whole and damaged > 1)
+      local r = back(got)
+      assert.are.equal(got:range(damaged) - 1, r.n_tokens)
+      r:feed(tokens(2, 3))
+    end)
+
+    it("survives any byte changed: refused, or the rest is read", function()
+      local o = kv.offload { session = s, codec = tables, window = 32, block = 64 }
+      kv.save(path, o)
+      local text = read_file()
+      for i = 1, 30 do
+        local at = 1 + math.floor(kv.random(7, 1, i) * #text)
+        local f = assert(io.open(path, "wb"))
+        f:write(text:sub(1, at - 1), string.char((text:byte(at) + 1 + math.floor(kv.random(7, 2, i) * 255)) % 256), text:sub(at + 1))
+        f:close()
+        local ok, got = pcall(kv.load, path, { model = m, salvage = true })
+        if ok then pcall(back, got) end
+      end
+    end)
   end)
 
   it("refuses what does not fit, naming it", function()

@@ -94,7 +94,7 @@ describe("a model file that is not what its architecture says", function()
     ["a tensor that nothing reads"] = { "llama", "blk.0.ffn_down.bias", "blk.0.ffn_down.bits", "tensor 'blk.0.ffn_down.bits' is not part of architecture 'llama' as it is known here" },
     ["a bias that is missing"] = { "qwen2", "blk.1.attn_k.bias", "blk.1.attn_x.bias", "tensor 'blk.1.attn_k.bias' is missing" },
     ["a norm that is missing"] = { "qwen3", "blk.0.attn_q_norm.weight", "blk.0.attn_x_norm.weight", "tensor 'blk.0.attn_q_norm.weight' is missing" },
-    ["a RoPE scaling of another kind"] = { "gemma3", "linear", "spiral", "rope scaling 'spiral' is not supported (allowed: none, linear, Llama 3's factors)" },
+    ["a RoPE scaling of another kind"] = { "gemma3", "linear", "spiral", "rope scaling 'spiral' is not supported (allowed: none, linear, yarn, Llama 3's factors)" },
     ["an architecture of another kind"] = { "qwen2", "qwen2", "qwen9", "architecture 'qwen9' is not supported (allowed: llama, qwen2, qwen3, gemma2, gemma3)" },
   } do
     it("is refused by name: " .. what, function()
