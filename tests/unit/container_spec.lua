@@ -59,7 +59,7 @@ describe("kv.save and kv.load of a block", function()
   end)
 
   it("refuse what they do not know, in one line", function()
-    assert.are.equal("kv.save: a number given; a block, a session or an index can be saved", H.fails(kv.save, "x", 3))
+    assert.are.equal("kv.save: a number given; a block, a session, an index, an offload or kvtc tables can be saved", H.fails(kv.save, "x", 3))
     assert.matches("^stage 'zip' is none of raw, zlib, lzma, rans, smallest", H.fails(kv.save, H.temporary(), kv.codec("int"):encode(rows(1, 8, 64)), { stage = "zip" }))
     assert.matches("^stage 'zlib': level=10 is outside 1..9", H.fails(kv.save, H.temporary(), kv.codec("int"):encode(rows(1, 8, 64)), { stage = "zlib", level = 10 }))
     assert.matches("No such file", H.fails(kv.load, "/no/such/file.kv"))
