@@ -169,6 +169,17 @@ local function summary(e, arm, lo, hi, seed, n_boot)
   return s[0]
 end
 
+--- Scalars that an exact cache would hold after `context` tokens: a sliding layer keeps its window (PROTOCOL B.5: over what is cached).
+local function cached(model, context)
+  local rows = 0
+  for l = 1, model.n_layers do
+    local window = model:layer(l).sliding_window
+    rows = rows + (window > 0 and math.min(window, context) or context)
+  end
+  return rows * model.n_kv_heads * model.head_dim * 2
+end
+M.cached = cached
+
 local function make_row(run, e, i, arm)
   local model, o = run.model, run.o
   local context = o.context
@@ -177,7 +188,7 @@ local function make_row(run, e, i, arm)
   local b, p = ffi.new "kv_bytes[1]", ffi.new "kv_pairs[1]"
   check(C.kv_eval_bytes(e, i - 1, b))
   check(C.kv_eval_pairs(e, i - 1, p))
-  local ledger = bytes.new(b[0], context * model.n_layers * model.n_kv_heads * model.head_dim * 2)
+  local ledger = bytes.new(b[0], cached(model, context))
   local fraction = p[0].total > 0 and p[0].compressed / p[0].total or 0
   local dp = column(e, i - 1, 3, scored)
   table.sort(dp)
@@ -236,7 +247,7 @@ doc("kv.eval", [[
   arms: texts, tables for kv.policy.uniform, policies, plans; or a table of these by name.
   A row: arm k v model context n_scored bits_nominal bits_payload bits_allin bits_shared kld.{mean,se,ci_lo,ci_hi,median,p90,p95,p99,p999,max}
   same_top1 ppl ppl_ref ppl_ratio cor rms_dp depth compressed_pair_fraction controls.{identity,canary,mutation} path status.
-  bits_allin: everything that a sequence holds; bits_shared: means and calibrated tables, which all sequences of a model share,
+  bits_allin: everything that a sequence holds, per scalar that an exact cache would hold; bits_shared: means and calibrated tables, which all sequences of a model share,
   as they would weigh on one sequence of this context.  KLD in nats; ci by block bootstrap over chunks.  status: ok, VACUOUS (under half of the pairs were served compressed) or error.
   warnings: what to know before believing the row, such as a context beyond the model's training; absent when there is nothing.
   tostring(rows) is a table.  Ctrl-C keeps the rows that are complete.]])

@@ -10,7 +10,7 @@ M.known.ppl = { about = "perplexity, and its ratio to the exact cache's" }
 
 M.known.bytes_per_token = {
   about = "allocated cache bytes per token at the tested context", columns = { "bytes_per_token" },
-  run = function(ctx, row) row.bytes_per_token = ctx.model.n_layers * ctx.model.n_kv_heads * ctx.model.head_dim * 2 * row.bits_allin / 8 end,
+  run = function(ctx, row) row.bytes_per_token = (row.bytes.total - row.bytes.shared) / ctx.context end,
 }
 
 M.known.decode_us = {
