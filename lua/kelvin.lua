@@ -10,7 +10,7 @@ local where = {
   compare = { "kelvin.compare", "compare" }, policy = { "kelvin.policy" }, policies = { "kelvin.policies" }, fit_budget = { "kelvin.policy", "fit_budget" },
   plan = { "kelvin.plan" }, model = { "kelvin.model" }, calib = { "kelvin.calib" }, calibrate = { "kelvin.calib", "calibrate" }, eval = { "kelvin.eval" },
   kvtc = { "kelvin.kvtc" }, offload = { "kelvin.kvtc", "offload" },
-  experiment = { "kelvin.experiment" }, table = { "kelvin.experiment", "table" }, plot = { "kelvin.experiment", "plot" },
+  ladder = { "kelvin.ladder" }, experiment = { "kelvin.experiment" }, table = { "kelvin.experiment", "table" }, plot = { "kelvin.experiment", "plot" },
   json = { "kelvin.json" }, config = { "kelvin.config" }, log = { "kelvin.log" }, help = { "kelvin.help" },
   repl = { "kelvin.repl" }, bench = { "kelvin.bench" }, doctor = { "kelvin.doctor" },
   threads = { "kelvin.lib", "threads" }, simd = { "kelvin.lib", "simd" }, now = { "kelvin.lib", "now" },

@@ -39,6 +39,13 @@ local function real(name)
   end
 end
 
+local function shard(text)
+  local i, n = text:match "^(%d+)/(%d+)$"
+  i, n = tonumber(i), tonumber(n)
+  if not i or i < 1 or i > n or n > 10000 then return nil, ("--shard=%s is not I/N with I in 1..N"):format(text) end
+  return { i, n }
+end
+
 local function parser()
   local argparse = require "argparse"
   local p = argparse("kelvin", "An absolute scale for KV-cache compression.", "Without a command: the REPL.  `kelvin COMMAND --help` shows a command's options and an example.")
@@ -56,6 +63,8 @@ local function parser()
   run:option("--out", "Folder for the results."):argname "DIR"
   run:option("--model", "Model instead of the experiment's."):argname "MODEL"
   run:option("--text", "Text file instead of the experiment's data."):argname "FILE"
+  run:option("--calib", "Text to calibrate on; all of the other text is scored then."):argname "FILE"
+  run:option("--shard", "Every N-th point from the I-th only, so that N processes or machines share a run; kelvin report joins their rows."):convert(shard):argname "I/N"
   run:option("--device", "cpu or cuda."):argname "NAME"
 
   local script = p:command("lua", "Run a plain Lua script with `require \"kelvin\"` in reach.", "Example: kelvin lua sweep.lua first second")
@@ -318,7 +327,8 @@ function commands.calibrate(a)
 end
 
 function commands.run(a)
-  return require("kelvin.experiment").run_file(a.file, { smoke = a.smoke, resume = a.resume, list = a.list, set = a.set, out = a.out, model = a.model, text = a.text, device = a.device })
+  return require("kelvin.experiment").run_file(a.file, { smoke = a.smoke, resume = a.resume, list = a.list, set = a.set, out = a.out, model = a.model, text = a.text,
+    calib = a.calib, device = a.device, shard = a.shard })
 end
 
 function commands.report(a) return require("kelvin.report").remake(a.dir) end

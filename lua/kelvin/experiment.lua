@@ -16,9 +16,9 @@ local function fail(...) require("kelvin.check").fail(...) end
 local keys = {
   name = "string", title = "string", about = "string", model = "string", data = "string", seed = "number", grid = "table", arms = "table", skip = "function",
   policy = "function", measure = "table", report = "table", context = "number", chunks = "number", score = "string", mode = "string", sink = "number",
-  recent = "number", calibrate = "table", smoke = "table",
+  recent = "number", calibrate = "table", calib = "string", group = "number", smoke = "table",
 }
-local settings = { "model", "data", "seed", "context", "chunks", "score", "mode", "sink", "recent" }
+local settings = { "model", "data", "calib", "seed", "context", "chunks", "score", "mode", "sink", "recent" }
 
 local function sorted(t)
   local out = {}
@@ -29,7 +29,7 @@ end
 
 -- Sizes as they will be used, with smoke and --set applied.
 local function validate(e)
-  local least = { seed = 0, context = 8, chunks = 1, sink = 0, recent = 0 }
+  local least = { seed = 0, context = 8, chunks = 1, sink = 0, recent = 0, group = 1 }
   for _, k in ipairs(sorted(least)) do
     if e[k] % 1 ~= 0 or e[k] < least[k] or e[k] >= 2 ^ 31 then fail("experiment '%s': %s=%.14g is not a whole number from %d", e.name, k, e[k], least[k]) end
   end
@@ -42,11 +42,11 @@ end
 --- Checks a specification and returns it as an experiment; runs nothing.
 function M.define(spec)
   if type(spec) ~= "table" then fail("kv.experiment: a %s given, a table is needed", type(spec)) end
-  local e = { model = "smollm2-135m", data = "jargon", seed = 1, context = 2048, chunks = 4, score = "second-half", mode = "visibility", sink = 0, recent = 0,
+  local e = { model = "smollm2-135m", data = "jargon", seed = 1, context = 2048, chunks = 4, score = "second-half", mode = "visibility", sink = 0, recent = 0, group = 6,
     measure = { "kld", "ppl" }, calibrate = {}, smoke = {} }
   for k, v in pairs(spec) do
     if not keys[k] then fail("kv.experiment: unknown key '%s'; allowed: %s", tostring(k), table.concat(sorted(keys), ", ")) end
-    if type(v) ~= keys[k] then fail("kv.experiment: %s is a %s, a %s is needed", k, type(v), keys[k]) end
+    if type(v) ~= keys[k] and not (k == "arms" and type(v) == "function") then fail("kv.experiment: %s is a %s, a %s is needed", k, type(v), keys[k]) end
     e[k] = v
   end
   if not e.name or not e.name:find "^[%w_%-]+$" then fail("kv.experiment: name='%s' must be letters, digits, _ and - (it names a folder)", tostring(e.name)) end
@@ -83,19 +83,23 @@ local function grid_name(p)
 end
 
 --- The points: { name, point = {axis = value}, tags = {family = …}, arm = what kv.eval takes, skip = reason }.  Axes in
--- alphabetical order, the last turning fastest.
-function Experiment:points()
+-- alphabetical order, the last turning fastest.  model: for arms that depend on it.
+function Experiment:points(model)
   local out = {}
   if self.arms then
-    for i, a in ipairs(self.arms) do
+    local arms = self.arms
+    if type(arms) == "function" then arms = arms(model, self) end
+    if type(arms) ~= "table" then fail("experiment '%s': arms gave a %s, a list is needed", self.name, type(arms)) end
+    for i, a in ipairs(arms) do
       local arm, tags = a, {}
-      if type(a) == "table" and a.arm then
+      if type(a) == "table" and (a.arm or a.skip) then
         arm = a.arm
         for k, v in pairs(a) do if k ~= "arm" then tags[k] = v end end
       end
       local name = tags.name or type(arm) == "string" and arm or type(arm) == "table" and arm.name or "arm " .. i
-      tags.name = nil
-      out[i] = { name = name, point = {}, tags = tags, arm = arm }
+      local skip = tags.skip
+      tags.name, tags.skip = nil, nil
+      out[i] = { name = name, point = {}, tags = tags, arm = arm, skip = skip }
     end
     return out
   end
@@ -162,6 +166,7 @@ function M.resolve(e, opts)
   end
   if opts.model and opts.model ~= "" then set[#set + 1] = { "model", opts.model } end
   if opts.text and opts.text ~= "" then set[#set + 1] = { "data", opts.text } end
+  if opts.calib and opts.calib ~= "" then set[#set + 1] = { "calib", opts.calib } end
   for _, item in ipairs(opts.set or {}) do
     local k, v = item:match "^([%w_]+)=(.*)$"
     if not k then fail("--set %s: KEY=VALUE is needed", item) end
@@ -179,10 +184,10 @@ end
 local function calibrate(e, model, text, progress)
   local o = e.calibrate
   local context, chunks = o.context or math.min(512, e.context), o.chunks or 8
-  progress:say("calibrating on %d chunks of %d tokens of another part of %s", chunks, context, text.name)
-  local name = ("the calibration part of '%s'"):format(text.name)
+  local name = text.calib_name and ("'%s'"):format(text.calib_name) or ("the calibration part of '%s'"):format(text.name)
+  progress:say("calibrating on %d chunks of %d tokens of %s", chunks, context, name)
   local c = model:calibrate { text = text.calibrate, name = name, context = context, chunks = chunks, on_progress = function(done, all) progress:update(done, all, "calibration") end }
-  c.source = { name = text.name, part = "calibrate", sha256 = text.calibrate_sha256 }
+  c.source = { name = text.calib_name or text.name, part = not text.calib_name and "calibrate" or nil, sha256 = text.calibrate_sha256 }
   return c
 end
 
@@ -236,19 +241,36 @@ local function complete(row, p, host)
   return row
 end
 
+-- Every n-th point from the i-th of those that are measured: what shard i of n does.
+local function part_of(points, shard)
+  local out, n = {}, 0
+  for _, p in ipairs(points) do
+    if not p.skip then n = n + 1 end
+    if p.skip or (n - shard[1]) % shard[2] == 0 then out[#out + 1] = p end
+  end
+  return out
+end
+
 --- `kelvin run FILE`: runs an experiment and returns the exit status: 0, 1 when a point failed, 130 after Ctrl-C.
--- opts: smoke, resume, list, set = {"key=value"}, out = folder, model, text, device.
+-- opts: smoke, resume, list, set = {"key=value"}, out = folder, model, text, calib, device, shard = { i, n }.
 function M.run_file(path, opts)
   opts = opts or {}
   local e = M.resolve(M.load(path), opts)
-  local points = e:points()
-  if opts.list then return list(points) end
+  local function open() return require("kelvin.model").open(e.model) end
+  local depends = type(e.arms) == "function"
+  local all = not depends and e:points()
+  if opts.list then
+    all = all or e:points(open())
+    return list(opts.shard and part_of(all, opts.shard) or all)
+  end
   if opts.device and opts.device ~= "cpu" then fail("--device %s: experiments run on cpu", opts.device) end
 
   local lib, K = require "kelvin.lib", require "kelvin.ffi"
   local started = os.date "!%Y-%m-%dT%H:%M:%SZ"
-  local model = require("kelvin.model").open(e.model)
-  local text = require("kelvin.text").load(e.data)
+  local model = open()
+  all = all or e:points(model)
+  local points = opts.shard and part_of(all, opts.shard) or all
+  local text = require("kelvin.text").load(e.data, e.calib)
   local model_sha = lib.sha256_file(model.path)
   local ids = model:tokenize(text.score)
   if #ids < e.context then fail("experiment '%s': the scored part of '%s' has %d tokens, one chunk of context=%d needs as many", e.name, text.name, #ids, e.context) end
@@ -257,17 +279,19 @@ function M.run_file(path, opts)
   local config = {}
   for _, k in ipairs(settings) do config[k] = e[k] end
   config.model = model.name
-  config.data = text.name
+  config.data, config.calib = text.name, text.calib_name
   config.name, config.measure, config.calibrate, config.smoke = e.name, json.array(e.measure), e.calibrate, opts.smoke or nil
   config.points = json.array {}
-  for i, p in ipairs(points) do config.points[i] = p.name end
+  for i, p in ipairs(all) do config.points[i] = p.name end
   local parent = (opts.out or K.root .. "/results/scratch"):gsub("(.)/+$", "%1") .. "/" .. (path:match "([^/]+)%.lua$" or e.name)
-  local run = results.open(parent, results.run_id { config = config, model = model_sha, text = text.sha256, commit = git.commit }, opts.resume)
+  local run = results.open(parent, results.run_id { config = config, model = model_sha, text = text.sha256, commit = git.commit }, opts.resume, opts.shard)
   local progress = require("kelvin.progress").new { tty = K.C.kv_isatty(2) ~= 0, width = K.C.kv_term_width(), now = lib.now, log = run.log }
   local smoke, resume = opts.smoke and " --smoke" or "", ""
   for _, s in ipairs(opts.set or {}) do resume = resume .. " --set " .. manifest.quote(s) end
   if opts.model and opts.model ~= "" then resume = resume .. " --model " .. manifest.quote(opts.model) end
   if opts.text and opts.text ~= "" then resume = resume .. " --text " .. manifest.quote(opts.text) end
+  if opts.calib and opts.calib ~= "" then resume = resume .. " --calib " .. manifest.quote(opts.calib) end
+  if opts.shard then resume = (resume .. " --shard %d/%d"):format(opts.shard[1], opts.shard[2]) end
   if opts.out then resume = resume .. " --out " .. manifest.quote(opts.out) end
   local command = "kelvin run " .. path .. smoke .. resume
   progress:say("%s: %d points, %s, text %s, context %d, %d chunks%s", e.name, #points, model.name, text.name, e.context, e.chunks, run.replaced and " (replaces the rows of an earlier run)" or "")
@@ -311,7 +335,7 @@ function M.run_file(path, opts)
     local arms, at = {}, 0
     for i, p in ipairs(group) do arms[i] = p.plan end
     local rows = require("kelvin.eval").run { model = model, tokens = ids, arms = arms, context = e.context, chunks = e.chunks, score = e.score, mode = e.mode,
-      calib = calib, seed = e.seed, first_group = 1, on_progress = function(share, what) progress:update(share, 1, what) end,
+      calib = calib, seed = e.seed, first_group = 1, group = e.group, on_progress = function(share, what) progress:update(share, 1, what) end,
       on_row = function(row)
         at = at + 1
         local p = group[at]
@@ -346,12 +370,18 @@ function M.run_file(path, opts)
   described.interrupted = interrupted or nil
   run:save(described)
   run:close()
-  local table_text, files = report.make(run.dir)
-  io.stdout:write(table_text, "\n", parent, "/latest/report.html\n")
+  local files = { run.path }
+  if opts.shard then
+    io.stdout:write(("%s: %d rows of shard %d of %d; with all shards' files in one folder: kelvin report %s\n"):format(run.path, #run.own, opts.shard[1], opts.shard[2], run.dir))
+  else
+    local table_text
+    table_text, files = report.make(run.dir)
+    io.stdout:write(table_text, "\n", parent, "/latest/report.html\n")
+  end
   io.stdout:flush()
   if interrupted then
     progress.log = nil
-    progress:say("interrupted: %d rows are kept in %s; go on with: %s --resume", #run.rows, run.dir, command)
+    progress:say("interrupted: %d rows are kept in %s; go on with: %s --resume", #run.own, run.dir, command)
     return 130
   end
   if counts.failed > 0 then io.stderr:write(("%d of %d points failed; see %s\n"):format(counts.failed, #points, files[1])) end

@@ -95,6 +95,7 @@ function M.render(rows, run)
   if #split.ranked > 0 then md[#md + 1] = tables.ranking(split.ranked, extra) end
   if #split.vacuous > 0 then md[#md + 1] = "\nVACUOUS, not ranked: too few query-key pairs were served from compressed storage.\n\n" .. tables.ranking(split.vacuous, extra) end
   for _, r in ipairs(split.failed) do md[#md + 1] = ("\nfailed: %s: %s\n"):format(r.arm or "?", r.message or r.error or "") end
+  for i, p in ipairs(run.skipped or {}) do md[#md + 1] = (i == 1 and "\nNot measured:\n\n" or "") .. ("- %s: %s\n"):format(p.point, p.reason) end
   md[#md + 1] = "\nKLD in nats per token against an exact cache; bits per cached scalar, all-in at the tested context (sinks and window included); "
     .. "pairs: share of query-key pairs served from compressed storage.\n"
 
@@ -135,9 +136,11 @@ function M.make(dir)
   return table_text, written
 end
 
---- `kelvin report DIR`.
+--- `kelvin report DIR`; shards' files there become one run first.
 function M.remake(dir)
-  local _, written = M.make((dir:gsub("(.)/+$", "%1")))
+  dir = dir:gsub("(.)/+$", "%1")
+  results.merge(dir)
+  local _, written = M.make(dir)
   for _, path in ipairs(written) do print(path) end
   return 0
 end

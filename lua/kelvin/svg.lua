@@ -194,7 +194,7 @@ function M.plot(p)
 
   local series = {}
   for i, s in ipairs(p.series) do
-    local copy = { name = s.name, line = s.line, open = s.open, points = {}, marker = s.marker or M.markers[(i - 1) % #M.markers + 1],
+    local copy = { name = s.name, line = s.line, open = s.open, points = {}, marker = s.marker or M.markers[(i - 1 + math.floor((i - 1) / #M.palette)) % #M.markers + 1],
       colour = s.colour or M.palette[(i - 1) % #M.palette + 1] }
     for _, pt in ipairs(s.points) do
       if drawable(pt) then

@@ -13,10 +13,8 @@ local function part(text, from, to)
 end
 M.part = part
 
---- text.load(name or path) → { name, sha256, calibrate, score, calibrate_sha256, score_sha256, split }.
-function M.load(data)
+local function whole(data)
   local fail = require("kelvin.check").fail
-  local lib = require "kelvin.lib"
   local path, c = data, nil
   if not data:find "[/%.]" then path, c = require("kelvin.fetch").text(data) end
   local f, message = io.open(path, "rb")
@@ -24,16 +22,29 @@ function M.load(data)
   local text = f:read "*a"
   f:close()
   if not text or #text == 0 then fail("text '%s' is empty or a folder", data) end
-  local split = c and c.split or SPLIT
-  local t = { name = c and data or data:match "[^/]+$", sha256 = lib.sha256(text), split = split,
-    calibrate = part(text, split.calibrate[1], split.calibrate[2]), score = part(text, split.score[1], split.score[2]) }
+  return text, c and data or data:match "[^/]+$", c
+end
+
+--- text.load(name or path [, calib]) → { name, sha256, calibrate, score, calibrate_sha256, score_sha256, split, calib_name }.
+-- calib: another name or path, whose whole text calibrates, while all of the first is scored; there is no split then.
+function M.load(data, calib)
+  local lib = require "kelvin.lib"
+  local text, name, c = whole(data)
+  local t = { name = name, sha256 = lib.sha256(text) }
+  if calib then
+    t.score, t.calibrate, t.calib_name = text, whole(calib)
+  else
+    t.split = c and c.split or SPLIT
+    t.calibrate, t.score = part(text, t.split.calibrate[1], t.split.calibrate[2]), part(text, t.split.score[1], t.split.score[2])
+  end
   t.calibrate_sha256, t.score_sha256 = lib.sha256(t.calibrate), lib.sha256(t.score)
+  if t.calibrate == t.score then require("kelvin.check").fail("text '%s': it is to calibrate and to be scored; give another to calibrate on", name) end
   return t
 end
 
 --- For manifests.
 function M.describe(t)
-  return { name = t.name, sha256 = t.sha256, split = t.split, calibrate_sha256 = t.calibrate_sha256, score_sha256 = t.score_sha256 }
+  return { name = t.name, sha256 = t.sha256, split = t.split, calibrate_name = t.calib_name, calibrate_sha256 = t.calibrate_sha256, score_sha256 = t.score_sha256 }
 end
 
 return M

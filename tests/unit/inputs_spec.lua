@@ -109,7 +109,7 @@ describe("wrong input", function()
     refuses("run @", "@")
     refuses("run @/notlua.lua", "@/notlua.lua:1:")
     refuses("run @/number.lua", "it returns a number, kv.experiment{…} is needed")
-    local run = "run '" .. H.root .. "/experiments/02_bits_sweep.lua' "
+    local run = "run '" .. H.root .. "/experiments/03_bits_sweep.lua' "
     refuses(run .. "--set foo", "--set foo: KEY=VALUE is needed")
     refuses(run .. "--set foo=1", "--set foo: it is none of ")
     refuses(run .. "--set context=-5", "context=-5 is not a whole number from 8")
@@ -117,6 +117,7 @@ describe("wrong input", function()
     refuses(run .. "--set score=third", "score='third' is none of second-half, all")
     refuses(run .. "--set k_bits=7", "the grid has no such value")
     refuses(run .. "--device cuda", "experiments run on cpu")
+    refuses(run .. "--shard 3/2", "--shard=3/2 is not I/N with I in 1..N")
     refuses(run .. "--model nosuch", "model 'nosuch' is unknown")
     refuses("report @", "@/rows.jsonl: No such file")
     if not H.model "smollm2-135m" then return end

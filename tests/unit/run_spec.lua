@@ -210,12 +210,101 @@ describe("progress", function()
   end)
 end)
 
+describe("shards of a run", function()
+  local folder
+  before_each(function()
+    folder = H.temporary()
+    os.remove(folder)
+    results.mkdir(folder)
+  end)
+  after_each(function() os.execute("rm -rf '" .. folder .. "'") end)
+
+  local function row(arm, status) return { arm = arm, status = status or "ok", bits_allin = 3, manifest = { id = arm } } end
+  local function description(run) return { run_id = run.id, command = "kelvin run x.lua --shard 1/2", config = { points = { "a", "b", "c", "d" } }, counts = { skipped = 1 },
+    plans = {}, skipped = { { point = "d", reason = "no room" } }, started = "2026-01-01T00:00:00Z", report = {} } end
+
+  it("have files of their own in one folder, and become one run in the order of its points", function()
+    local one = results.open(folder, "2026-01-01-00000000", false, { 1, 2 })
+    local two = results.open(folder, "2026-01-01-00000000", false, { 2, 2 })
+    one:save(description(one))
+    two:save(description(two))
+    one:append(row "c")
+    two:append(row("b", "error"))
+    one:append(row "a")
+    one:close() two:close()
+    results.merge(one.dir)
+    local rows = assert(results.rows(one.dir .. "/rows.jsonl"))
+    assert.are.same({ "a", "b", "c" }, { rows[1].arm, rows[2].arm, rows[3].arm })
+    local run = json.read(one.dir .. "/run.json")
+    assert.are.same({ done = 2, failed = 1, skipped = 1, missing = 0, resumed = 0 }, run.counts)
+    assert.are.equal("kelvin run x.lua", run.command)
+    assert.are.equal(2, #run.shards)
+
+    -- A shard that goes on knows the rows of all, and a failed point is made again.
+    local again = results.open(folder, "2026-01-02-00000000", true, { 2, 2 })
+    assert.are.equal(one.dir, again.dir)
+    assert.is_truthy(again:done "a")
+    assert.is_nil(again:done "b")
+    again:append(row "b")
+    again:close()
+    results.merge(one.dir)
+    assert.are.same({ done = 3, failed = 0, skipped = 1, missing = 0, resumed = 0 }, json.read(one.dir .. "/run.json").counts)
+    assert.are.equal(3, #results.rows(one.dir .. "/rows.jsonl"))
+    assert.matches("- d: no room", require("kelvin.report").render(rows, run)[1][2], 1, true)
+  end)
+  it("of different runs are refused", function()
+    local one = results.open(folder, "2026-01-01-00000000", false, { 1, 2 })
+    one:save(description(one))
+    local d = description(one)
+    d.run_id = "2026-01-01-11111111"
+    results.write(one.dir .. "/run.2-of-2.json", json.encode(d))
+    one:close()
+    assert.matches("it is of run 2026%-01%-01%-11111111", H.fails(results.merge, one.dir))
+  end)
+end)
+
+describe("the ladder", function()
+  local kv = require "kelvin"
+  local model = { name = "m", n_layers = 2, n_kv_heads = 3, head_dim = 64, layer = function(_, l) return { sliding_window = l == 2 and 512 or 0 } end }
+
+  it("counts what the cache's ledger counts", function()
+    local m = H.model "smollm2-135m"
+    if not m then return end
+    for _, case in ipairs { { "q4_0" }, { "kivi-2" }, { "turboquant-3" }, { "kivi-4", sink = 0, recent = 20 } } do
+      local o = { sink = case.sink or 4, recent = case.recent or 0 }
+      local s = m:session { arm = ("k=%s,v=%s,sink=%d,recent=%d"):format(case[1], case[1], o.sink, o.recent), max_tokens = 200 }
+      local ids = {}
+      for i = 1, 150 do ids[i] = 100 + i end
+      s:feed(ids, { logits = "none" })
+      o.context = 150
+      local expected = kv.ladder.bits(m, { k = { case[1] }, v = { case[1] } }, o)
+      local b = s:bytes()
+      local real = 8 * (b.total - b.shared) / require("kelvin.eval").cached(m, 150)
+      assert.is_true(math.abs(expected / real - 1) < 0.01, ("%s: %.4f expected, %.4f real"):format(case[1], expected, real))
+    end
+  end)
+  it("takes the first setting near enough, then two different ones, and names what nothing reaches", function()
+    local arms = kv.ladder { model = model, targets = { 3.25, 3.75, 9 }, context = 2052, sink = 4, methods = { { name = "tq", k = { { "turboquant-3" }, { "turboquant-4" } } } } }
+    assert.are.equal(5, #arms)
+    assert.are.equal("turboquant-3", arms[1].setting)
+    assert.are.same({ "no", "yes" }, { arms[1].mean, arms[2].mean })
+    assert.are.same({ "none", "both" }, { arms[1].arm.mean, arms[2].arm.mean })
+    assert.are.equal("turboquant-4 / turboquant-3", arms[3].setting)
+    assert.matches("no setting within 2 %%; nearest: 4%.%d+ bits", arms[5].skip)
+  end)
+  it("takes windows for what they hold", function()
+    assert.are.equal((2052 + 512) * 3 * 64 * 2, require("kelvin.eval").cached(model, 2052))
+    local all = kv.ladder.bits(model, { k = { "turboquant-3" }, v = { "turboquant-3" } }, { context = 2052, sink = 4 })
+    assert.is_true(all > 3.25 and all < 3.36, tostring(all))
+  end)
+end)
+
 describe("measurements", function()
   local M = require "kelvin.measure"
   it("add their fields and their columns", function()
-    local row = { bits_allin = 4 }
-    M.run({ "kld", "bytes_per_token" }, { model = { n_layers = 2, n_kv_heads = 3, head_dim = 64 } }, row)
-    assert.are.equal(2 * 3 * 64 * 2 * 4 / 8, row.bytes_per_token)
+    local row = { bytes = { total = 1000, shared = 200 } }
+    M.run({ "kld", "bytes_per_token" }, { context = 100 }, row)
+    assert.are.equal(8, row.bytes_per_token)
     assert.are.same({ "bytes_per_token", "decode_us.median" }, M.columns { "kld", "bytes_per_token", "decode_us" })
   end)
   it("are refused by name when unknown", function()
