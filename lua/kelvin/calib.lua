@@ -27,14 +27,21 @@ local function wrap(model, handle, source)
   self.n_tokens, self.chunks, self.context, self.skip, self.n_rows = i.count, i.n_chunks, i.context, i.skip, i.n_sample
   self.sha256 = ffi.string(i.tokens)
   local notes = ffi.string(i.notes)
-  self.notes = notes ~= "" and (json.decode(notes, "artifact notes") or {}) or {}
+  notes = notes ~= "" and json.decode(notes, "artifact notes")
+  self.notes = { text = type(notes) == "table" and type(notes.text) == "string" and notes.text or nil }
+  for _, c in ipairs(type(notes) == "table" and type(notes.checks) == "table" and notes.checks or {}) do       -- a file's: those that can be told
+    if type(c) == "table" and pcall(M.verdict, c) then
+      self.notes.checks = self.notes.checks or {}
+      table.insert(self.notes.checks, c)
+    end
+  end
   self.source = source or self.notes.text
   return self
 end
 
 local function load(model, path)
   local self = wrap(model, K.handle("kv_calib", C.kv_calib_free, function(out) return C.kv_calib_load(out, model._m, path) end))
-  for _, c in ipairs(type(self.notes.checks) == "table" and self.notes.checks or {}) do
+  for _, c in ipairs(self.notes.checks or {}) do
     if c.lost then log.warn("artifact '%s': %s", path, M.verdict(c)) end
   end
   return self

@@ -422,8 +422,9 @@ function M._load(file, o)
   local b = K.handle("kv_block", C.kv_block_free, function(out) return C.kv_block_load(out, file._p, o.salvage and 1 or 0) end)
   local handle = ffi.gc(C.kv_block_codec(b), C.kv_codec_free)
   local i, about = M._info(handle), file.sections[1].meta
-  local known, preset = pcall(M.new, about.codec)
-  local c = M.new(known and preset.family == i.family and about.codec or i.family, M._parse_params(i.params))
+  local name = type(about.codec) == "string" and about.codec or i.family
+  local known, preset = pcall(M.new, name)
+  local c = M.new(known and preset.family == i.family and name or i.family, M._parse_params(i.params))
   c.instances[i.head_dim .. "/" .. i.page_tokens .. "/" .. i.side], c.head_dim = handle, i.head_dim
   local n = ffi.new "int[3]"
   check(C.kv_block_shape(b, n, n + 1, n + 2))

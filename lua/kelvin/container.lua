@@ -62,7 +62,8 @@ function M.open(path)
     local s = info[0]
     f.sections[i] = { kind = ffi.string(s.kind), text = ffi.string(s.meta), stage = ffi.string(s.stage), version = s.version, optional = s.optional ~= 0,
       level = s.level >= 0 and s.level or nil, pages = s.n_pages, raw_bytes = s.raw_bytes, stored_bytes = s.stored_bytes }
-    f.sections[i].meta = json.decode(f.sections[i].text, path) or {}
+    local meta = json.decode(f.sections[i].text, path)
+    f.sections[i].meta = type(meta) == "table" and meta or {}
   end
   return f
 end
@@ -118,6 +119,7 @@ function File:__tostring()
         tostring(m.page_tokens), s.raw_bytes > 0 and (", %d bytes of tables"):format(s.raw_bytes) or "")
     elseif m.about then out[#out + 1] = "  " .. tostring(m.about) end
   end
+  for i, line in ipairs(out) do out[i] = line:gsub("%c", "?") end               -- texts are the file's
   return table.concat(out, "\n")
 end
 

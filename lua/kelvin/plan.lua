@@ -88,7 +88,8 @@ function M._describe(plan)
 end
 function M._loaded(handle, described)
   local plan = setmetatable({ handle = handle }, Plan)
-  for _, key in ipairs(kept) do plan[key] = described[key] end
+  for _, key in ipairs(type(described) == "table" and kept or {}) do plan[key] = described[key] end
+  check.that(pcall(plan.describe, plan), "kv.load: the file's description of its plan is not one that kv.save writes")
   return plan
 end
 

@@ -50,6 +50,7 @@ function M.rows(path)
     n = n + 1
     if line:find "%S" then
       local row, why = json.decode(line, path .. ":" .. n)
+      if row ~= nil and (type(row) ~= "table" or row == json.null or row.manifest ~= nil and type(row.manifest) ~= "table") then row, why = nil, ("%s:%d: a row is a JSON object"):format(path, n) end
       if cut then f:close() return nil, cut end
       if not row then cut = why
       else

@@ -164,7 +164,9 @@ end
 function M._load(file, o)
   local models, plans = require "kelvin.model", require "kelvin.plan"
   local about = file.sections[1].meta
-  local m = o.model or about.model and (about.model.name and select(2, models.find(about.model.name)) and about.model.name or about.model.path)
+  local of = type(about.model) == "table" and about.model or {}
+  local name, place = type(of.name) == "string" and of.name or nil, type(of.path) == "string" and of.path or nil
+  local m = o.model or name and select(2, models.find(name)) and name or place
   check.that(m, "kv.load: file '%s' does not say which model it belongs to: model = is needed", file.path)
   if type(m) == "string" then m = models.open(m) end
   local s = K.handle("kv_session", C.kv_session_free, function(out) return C.kv_session_load(out, m._m, file._p, o.max_tokens or 0, o.salvage and 1 or 0) end)

@@ -126,6 +126,14 @@ describe("a calibration", function()
     assert.are.equal(2, #said)
     assert.matches("LOSES to", said[2])
     assert.are.equal(x.kld, again.notes.checks[1].kld)
+    for _, notes in ipairs { "5", '"x"', "no JSON", '{"text":{},"checks":7}', '{"checks":[1,{},{"arm":"a"}]}' } do       -- a file's notes may be anything
+      local C = require("kelvin.ffi").C
+      assert.are.equal(0, C.kv_calib_note(again._c, notes))
+      assert.are.equal(0, C.kv_calib_save(again._c, path))
+      local odd = kv.calibrate { model = m, artifact = path }
+      assert.are.same({}, odd.notes)
+      os.remove(path)
+    end
     assert.matches("held%-out text is needed", H.fails(again.check, again, "q4_0,mean=k"))
     x.lost = false
   end)

@@ -127,3 +127,30 @@ describe("a session in a file", function()
     assert.matches("is the cache of model %x+, this model is %x+", H.fails(kv.load, path, { model = other }))
   end)
 end)
+
+describe("what a file says of itself", function()
+  local C = require("kelvin.ffi").C
+
+  it("may be anything for a block", function()
+    local b, path = kv.codec("int"):encode(rows(1, 64, 64)), H.temporary ".kv"
+    for _, about in ipairs { "5", "null", "true", '"x"', "[1,2]", "no JSON", "", '{"codec":{"a":1},"about":"a\\u001b[2Jb","rows_only":[]}', '{"codec":"../../x"}' } do
+      assert.are.equal(0, C.kv_block_save(b._b, path, about, "raw", -1))
+      assert.are.equal(b:page(1, 1), kv.load(path):page(1, 1))
+      assert.is_nil(tostring(kv.container.open(path)):gsub("\n", ""):find "%c")
+    end
+  end)
+
+  it("may be anything for a session: it loads with the model given, or is refused in a line", function()
+    local m, path = kv.model(H.root .. "/tests/golden/tiny/llama.gguf"), H.temporary ".kv"
+    local s = m:session({ arm = "k=f16,v=f16", max_tokens = 16 }):feed "the cache"
+    local ids = require("ffi").new("int32_t[16]", s.ids)
+    for _, about in ipairs { "5", "null", '{"model":null}', '{"model":7}', '{"model":{"name":[],"path":{}}}', '{"plan":5}', '{"plan":{"resolved":{"layers":[1]}}}', '{"plan":{"name":{}}}' } do
+      assert.are.equal(0, C.kv_session_save(s._s, path, ids, about, "raw", -1))
+      if about:find "plan" then assert.matches("^kv.load: the file's description of its plan is not one", H.fails(kv.load, path, { model = m }))
+      else
+        assert.are.equal(#s.ids, kv.load(path, { model = m }).n_tokens)
+        assert.matches("does not say which model it belongs to", H.fails(kv.load, path))
+      end
+    end
+  end)
+end)

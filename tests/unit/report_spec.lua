@@ -92,6 +92,13 @@ describe("a run's folder", function()
     again:append(row("d", 6, 0.05))
     again:close()
     assert.equal(3, #results.rows(run.dir .. "/rows.jsonl"))
+
+    for _, line in ipairs { "5", '"x"', "null", '{"manifest":7}' } do
+      results.write(run.dir .. "/rows.jsonl", line .. '\n{"arm":"a"}\n')
+      local rows, why = results.rows(run.dir .. "/rows.jsonl")
+      assert.is_nil(rows)
+      assert.matches("rows.jsonl:1: a row is a JSON object$", why)
+    end
     os.execute("rm -rf '" .. dir .. "'")
   end)
 end)
