@@ -127,14 +127,24 @@ asan:
 	  echo "  $$t"; ASAN_OPTIONS=detect_leaks=1 $(SANITIZE) $$t > $$t.log 2>&1 || { fail=1; tail -30 $$t.log; }; done; exit $$fail
 	@LD_PRELOAD=$$($(CC) -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 $(SANITIZE) FLAVOUR=asan $(BUSTED) $(ASAN_SPECS)
 
-# The C tests of what reads foreign bytes, under valgrind: it knows no AVX-512, and what it emulates is what the processor
-# says it has, so these run the AVX2 and the plain form.
+# Under valgrind: the fuzz targets over their seeds (every parser, every codec), then C tests.  It knows no AVX-512, and what it
+# emulates is what the processor says it has, so these run the AVX2 and the plain form; one core, because it runs one thread at a time.
 VALGRIND_TESTS ?= test_json test_gguf
+VALGRIND := OPENBLAS_CORETYPE=Haswell OPENBLAS_NUM_THREADS=1 taskset -c 0 valgrind -q --error-exitcode=9 --leak-check=full --errors-for-leak-kinds=definite
+REPLAYS  := $(patsubst tests/fuzz/%.c,%,$(sort $(wildcard tests/fuzz/fuzz_*.c)))
 .PHONY: valgrind
-valgrind: all ctests
-	@for t in $(VALGRIND_TESTS); do echo "  $$t"; \
-	  OPENBLAS_CORETYPE=Haswell OPENBLAS_NUM_THREADS=1 valgrind -q --error-exitcode=9 --leak-check=full --errors-for-leak-kinds=definite $(BUILD)/tests/$$t > $(BUILD)/tests/$$t.valgrind.log 2>&1 \
-	  || { tail -40 $(BUILD)/tests/$$t.valgrind.log; exit 1; }; done
+valgrind: all $(VALGRIND_TESTS:%=$(BUILD)/tests/%) $(REPLAYS:%=$(BUILD)/replay/%) $(BUILD)/replay/seeds
+	@$(BUILD)/replay/seeds $(BUILD)/seeds && $(LUAJIT) tests/fuzz/make_gguf_seeds.lua $(BUILD)/seeds
+	@for t in $(REPLAYS); do echo "  $$t"; $(VALGRIND) $(BUILD)/replay/$$t $(BUILD)/seeds/$$t > $(BUILD)/replay/$$t.log 2>&1 || { tail -40 $(BUILD)/replay/$$t.log; exit 1; }; done
+	@for t in $(VALGRIND_TESTS); do echo "  $$t"; $(VALGRIND) $(BUILD)/tests/$$t > $(BUILD)/tests/$$t.valgrind.log 2>&1 || { tail -40 $(BUILD)/tests/$$t.valgrind.log; exit 1; }; done
+$(BUILD)/replay/seeds: tests/fuzz/seeds.c tests/fuzz/fuzz.h $(OBJ)
+	@mkdir -p $(@D)
+	@echo "  cc $<"
+	@$(CC) $(KV_CFLAGS) $< $(OBJ) $(LIBS) -o $@
+$(BUILD)/replay/fuzz_%: tests/fuzz/fuzz_%.c tests/fuzz/replay.c tests/fuzz/fuzz.h $(OBJ)
+	@mkdir -p $(@D)
+	@echo "  cc $<"
+	@$(CC) $(KV_CFLAGS) $< tests/fuzz/replay.c $(OBJ) $(LIBS) -o $@
 
 # FUZZ_SECONDS for each target in tests/fuzz, from small whole files on; findings stay in build/fuzz/.
 FUZZ_SECONDS ?= 60
@@ -142,16 +152,12 @@ CLANG ?= clang
 FUZZERS := $(patsubst tests/fuzz/%.c,build/fuzz/bin/%,$(sort $(wildcard tests/fuzz/fuzz_*.c)))
 fuzz:
 	@$(MAKE) --no-print-directory FLAVOUR=fuzz CC='$(CLANG)' fuzzers
-	@build/fuzz/bin/seeds build/fuzz/seeds && $(LUAJIT) tests/fuzz/make_gguf_seeds.lua build/fuzz/seeds
+	@build/fuzz/replay/seeds build/fuzz/seeds && $(LUAJIT) tests/fuzz/make_gguf_seeds.lua build/fuzz/seeds
 	@for f in $(FUZZERS); do n=$$(basename $$f); mkdir -p build/fuzz/corpus/$$n build/fuzz/seeds/$$n; echo "  $$n, $(FUZZ_SECONDS) s"; \
 	  (cd build/fuzz && bin/$$n -max_total_time=$(FUZZ_SECONDS) -timeout=10 -rss_limit_mb=2048 -print_final_stats=1 corpus/$$n seeds/$$n > $$n.log 2>&1) || { tail -30 build/fuzz/$$n.log; exit 1; }; \
 	  grep -E 'stat::number_of_executed_units' build/fuzz/$$n.log; done
 .PHONY: fuzzers
-fuzzers: $(FUZZERS) build/fuzz/bin/seeds
-build/fuzz/bin/seeds: tests/fuzz/seeds.c tests/fuzz/fuzz.h $(OBJ)
-	@mkdir -p $(@D)
-	@echo "  cc $<"
-	@$(CC) $(KV_CFLAGS) $< $(OBJ) $(LIBS) -o $@
+fuzzers: $(FUZZERS) build/fuzz/replay/seeds
 build/fuzz/bin/%: tests/fuzz/%.c tests/fuzz/fuzz.h $(OBJ)
 	@mkdir -p $(@D)
 	@echo "  cc $<"
