@@ -118,11 +118,10 @@ static int fused_init(kv_codec *c)
     const double after = 2.0 * c->page_tokens;                /* bytes that follow what unpack reads last */
     c->page.padding = after < POLAR_OVERREAD ? POLAR_OVERREAD - after : 0;
     c->query_bytes = kv_round_up(4 * (size_t)c->space_dim, 64);
-    s->circle = kv_alloc_array(2 * (size_t)s->angle.base, sizeof *s->circle, false);
+    FORWARD_IF_ERROR(polar_circle(s->angle.base, &s->circle));
     s->first = kv_alloc_array((size_t)d, sizeof *s->first, false);
     s->second = kv_alloc_array((size_t)d, sizeof *s->second, false);
-    if (!s->circle || !s->first || !s->second) return KV_E_NOMEM;
-    polar_circle(s->angle.base, s->circle);
+    if (!s->first || !s->second) return KV_E_NOMEM;
     kv_signs(c->value[P_SEED], STREAM_FIRST + c->side, d, s->first);
     kv_signs(c->value[P_SEED], STREAM_SECOND + c->side, d, s->second);
     return KV_OK;

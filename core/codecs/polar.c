@@ -92,9 +92,7 @@ static int polar_init(kv_codec *c)
     c->granule = 1;
     c->space_dim = d;
     c->query_bytes = kv_round_up(4 * (size_t)d, 64);
-    s->circle = kv_alloc_array(2 * (size_t)angles, sizeof *s->circle, false);
-    if (!s->circle) return KV_E_NOMEM;
-    polar_circle(angles, s->circle);
+    FORWARD_IF_ERROR(polar_circle(angles, &s->circle));
     if (c->value[P_ROTATION] != 0) return KV_OK;
     s->sign = kv_alloc_array((size_t)d, sizeof *s->sign, false);
     if (!s->sign) return KV_E_NOMEM;

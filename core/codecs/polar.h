@@ -25,8 +25,9 @@ void   polar_field_init(polar_field *f, int base, int count);
 double polar_field_bits(int base, int count);                     /* per index, whole bytes a row */
 void   polar_pack(const polar_field *f, const int32_t *index, uint8_t *dst);
 
-/* Directions (cos, sin) of the 2 pi k / n. */
-void   polar_circle(int n, float *table);
+/* Directions (cos, sin) of the 2 pi k / n, from kv_alloc: once around and on to a power of two, for a page from elsewhere may
+ * hold any index that its bits can. */
+int    polar_circle(int n, float **table);
 /* Lloyd-Max levels, ascending, of a density:
  *   angle  between the norms of two Gaussian vectors of k components each: sin(2 psi)^(k-1) on (0, pi/2)
  *   chi    the norm of one such vector, with mean square 1, where it exceeds `limit`

@@ -79,12 +79,15 @@ void polar_pack(const polar_field *f, const int32_t *index, uint8_t *dst)
 
 /* ---- codebooks */
 
-void polar_circle(int n, float *table)
+int polar_circle(int n, float **table)
 {
-    for (int k = 0; k < n; k++) {
-        table[2 * k] = (float)cos(2 * M_PI * k / n);
-        table[2 * k + 1] = (float)sin(2 * M_PI * k / n);
+    const int all = 1 << bits_for((uint64_t)n);
+    if (!(*table = kv_alloc_array(2 * (size_t)all, sizeof **table, false))) return KV_E_NOMEM;
+    for (int k = 0; k < all; k++) {
+        (*table)[2 * k] = (float)cos(2 * M_PI * k / n);
+        (*table)[2 * k + 1] = (float)sin(2 * M_PI * k / n);
     }
+    return KV_OK;
 }
 
 enum { GRID = 8192, LLOYD_STEPS = 300 };

@@ -265,6 +265,35 @@ static void test_fused(void)
     CHECK(kv_codec_new(&c, "fused", "form=subspace,pairs=32", 64, 64, 0) == KV_E_PARAM && strstr(kv_last_error(), "pairs=32 is outside 1..31 at head_dim=64"), "%s", kv_last_error());
 }
 
+/* A field of w bits by itself can hold indices from base up to 2^w - 1, which no encoder writes: they go on around the circle. */
+static void test_foreign(void)
+{
+    for (int base = 2; base <= 100; base++) {
+        float *circle, x[8 * 36], plain[8 * 36];
+        char params[2][48];
+        CHECK(polar_circle(base, &circle) == KV_OK, "%s", kv_last_error());
+        for (int k = 0; k < base || (k & (k - 1)) != 0; k++)
+            CHECK(fabs(circle[2 * k] - cos(2 * M_PI * k / base)) < 1e-6 && fabs(circle[2 * k + 1] - sin(2 * M_PI * k / base)) < 1e-6, "base %d: direction %d", base, k);
+        kv_free(circle);
+        snprintf(params[0], sizeof params[0], "angles=%d,norm=lloyd", base);
+        snprintf(params[1], sizeof params[1], "angles=%d,norm=lloyd,norm_bits=2", base);
+        for (int i = 0; i < 4; i++) {
+            kv_codec *c;
+            const int d = i < 2 ? 32 : 36;
+            if (kv_codec_new(&c, i % 2 ? "fused" : "polar", params[i % 2], d, 8, KV_SIDE_K) < 0) { CHECK(0, "%s", kv_last_error()); continue; }
+            uint8_t *page = kv_alloc(c->page_bytes);
+            memset(page, 0xff, c->page_bytes);
+            for (int level = 0; level <= kv_cpu_simd_max(); level++) {
+                kv_cpu_limit(level);
+                c->ops->decode(c, page, 0, 8, level ? x : plain, d);
+                for (int k = 0; level && k < 8 * d; k++) CHECK(x[k] == plain[k] || (isnan(x[k]) && isnan(plain[k])), "%s %s simd=%d: value %d is %g, plain %g", c->ops->name, params[i % 2], level, k, (double)x[k], (double)plain[k]);
+            }
+            kv_free(page);
+            kv_codec_free(c);
+        }
+    }
+}
+
 int main(void)
 {
     printf("seeds 21, 23, 31, 41; simd up to %d\n", kv_cpu_simd_max());
@@ -276,5 +305,6 @@ int main(void)
     test_tables();
     test_modes();
     test_fused();
+    test_foreign();
     return check_end();
 }
