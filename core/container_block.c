@@ -129,7 +129,7 @@ int kv_block_load(kv_block **out, const kv_pack *p, int salvage)
             FAIL_IF(kv_pack_page_bytes(p, pages, at) != n, KV_E_CORRUPT, "file '%s': page %d of head %d has %zu bytes, not %zu", kv_pack_name(p), g, h, kv_pack_page_bytes(p, pages, at), n);
             status = kv_pack_read(p, pages, at, dst, n);
             if (status == KV_E_CORRUPT && salvage) {
-                memset(dst, 0, n);
+                if (n) memset(dst, 0, n);
                 status = KV_OK;
             }
             if (status < 0) goto fail;

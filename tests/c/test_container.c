@@ -161,6 +161,33 @@ static void check_refusals(void)
     CHECK(access(part, F_OK) != 0, "an abandoned file is still there");
 }
 
+/* A block whose tokens are all coded keeps no exact rows: their page has no bytes, and can still have a wrong checksum. */
+static void check_empty_page(void)
+{
+    enum { T = 64, D = 32 };
+    static float rows[T * D];
+    const kv_tensor t = { .data = rows, .dtype = KV_F32, .ndim = 3, .shape = { 1, T, D }, .stride = { T * D, D, 1 } };
+    kv_codec *c = NULL;
+    kv_block *b = NULL, *loaded = NULL;
+    kv_pack *p = NULL;
+    size_t n;
+    CHECK(kv_codec_new(&c, "int", "", D, T, KV_SIDE_K) == KV_OK && kv_block_encode(&b, c, &t) == KV_OK && kv_block_save(b, path, "{}", "raw", -1) == KV_OK, "%s", kv_last_error());
+    uint8_t *x = slurp(&n), *e = x + kv_load_u64(x + 16) + 2 * PACK_ENTRY, *table = x + kv_load_u64(e + 48);
+    CHECK(kv_load_u32(x + 12) == 3 && kv_load_u32(e + 56) == 2 && kv_load_u32(table + PACK_PAGE + 12) == 0, "block.pages: a page of codes, a page of nothing");
+    kv_put_u32(table + PACK_PAGE + 16, 1);
+    kv_put_u32(e + 68, kv_crc32c(0, table, 2 * PACK_PAGE));
+    kv_put_u32(x + 32, kv_crc32c(0, x + kv_load_u64(x + 16), 3 * PACK_ENTRY));
+    kv_put_u32(x + 60, kv_crc32c(0, x, 60));
+    CHECK(kv_pack_parse(&p, x, n, "mem") == KV_OK, "%s", kv_last_error());
+    CHECK(kv_block_load(&loaded, p, 0) == KV_E_CORRUPT && strstr(kv_last_error(), "page 1 of section 2 ('block.pages') is damaged"), "%s", kv_last_error());
+    CHECK(kv_block_load(&loaded, p, 1) == KV_OK, "%s", kv_last_error());
+    kv_block_free(loaded);
+    kv_block_free(b);
+    kv_codec_free(c);
+    kv_pack_free(p);
+    kv_free(x);
+}
+
 int main(void)
 {
     const char *tmp = getenv("TMPDIR");
@@ -169,6 +196,7 @@ int main(void)
     check_round_trip();
     check_damage();
     check_refusals();
+    check_empty_page();
     unlink(path);
     return check_end();
 }
