@@ -40,7 +40,7 @@ function M.load(path, o)
   local f = M.open(path)
   check.that(#f.sections > 0, "kv.load: file '%s' has no sections", path)
   local kind = f.sections[1].kind
-  local module = M.loaders[kind:match "^[^.]+"]
+  local module = M.loaders[kind]
   check.that(module, "kv.load: file '%s' begins with a section of kind '%s', which this version does not know", path, kind)
   local thing = require(module)._load(f, o)
   if o.salvage then thing.damaged = f:verify() end

@@ -173,6 +173,7 @@ function M._load(file, o)
   local plan = about.plan and plans._loaded(ffi.gc(C.kv_session_plan(s), C.kv_plan_free), about.plan) or nil
   local self = setmetatable({ _s = s, model = m, plan = plan, max_tokens = C.kv_session_max_tokens(s), ids = {} }, Session)
   local tokens = file:page(1, 5)
+  check.that(#tokens >= 4 * self.n_tokens, "kv.load: file '%s' has %d bytes of tokens for %d", file.path, #tokens, self.n_tokens)
   local ids = ffi.cast("const int32_t*", tokens)
   for i = 1, self.n_tokens do self.ids[i] = ids[i - 1] end
   self.n_logits = C.kv_session_logits(s) ~= nil and 1 or 0

@@ -140,6 +140,34 @@ describe("what a file says of itself", function()
     end
   end)
 
+  it("begins with what it is a file of: another section's pages are not taken for its tokens", function()
+    local bit, ffi = require "bit", require "ffi"
+    local function crc32c(s)
+      local c = -1
+      for i = 1, #s do
+        c = bit.bxor(c, s:byte(i))
+        for _ = 1, 8 do c = bit.bxor(bit.rshift(c, 1), bit.band(0x82f63b78, -bit.band(c, 1))) end
+      end
+      return ffi.string(ffi.new("uint32_t[1]", bit.bnot(c) % 2^32), 4)
+    end
+    local m, path = kv.model(H.root .. "/tests/golden/tiny/llama.gguf"), H.temporary ".kv"
+    m:session({ arm = "k=f16,v=f16", max_tokens = 16 }):feed("the cache"):save(path)
+    local f = io.open(path, "rb")
+    local x = f:read "*a"
+    f:close()
+    local n, at = x:byte(13), tonumber(ffi.cast("const uint64_t*", x)[2])
+    local directory = x:sub(at + 1)
+    assert.are.equal(n * 80, #directory)
+    assert.are.equal(crc32c(directory), x:sub(33, 36))
+    directory = directory:sub(-80) .. directory:sub(81, -81) .. directory:sub(1, 80)
+    local head = x:sub(1, 32) .. crc32c(directory) .. x:sub(37, 60)
+    f = io.open(path, "wb")
+    f:write(head, crc32c(head), x:sub(65, at), directory)
+    f:close()
+    assert.are.equal("cache.v", kv.container.open(path).sections[1].kind)
+    assert.matches("begins with a section of kind 'cache.v', which this version does not know", H.fails(kv.load, path, { model = m }))
+  end)
+
   it("may be anything for a session: it loads with the model given, or is refused in a line", function()
     local m, path = kv.model(H.root .. "/tests/golden/tiny/llama.gguf"), H.temporary ".kv"
     local s = m:session({ arm = "k=f16,v=f16", max_tokens = 16 }):feed "the cache"
