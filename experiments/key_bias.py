@@ -60,7 +60,8 @@ def main():
         key = r.string()
         kv[key] = r.value(r.take("I"))
     for _ in range(n_tensors):
-        r.string()
+        if r.string() == "blk.0.attn_k.bias":
+            p.error(f"{a.source}: its keys have a bias already")
         n_dims = r.take("I")
         r.at += 8 * n_dims + 4 + 8
     arch, align = kv["general.architecture"], kv.get("general.alignment", 32)

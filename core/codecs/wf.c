@@ -23,16 +23,17 @@
  * Widths are a unit's, so a register of words, shifted, holds 16 lanes' codes of two neighbours whatever the mix of widths is.
  * wf_basis.c orders the units so that few codes cross a row.
  *
- * Encoding, in f32, no contraction: z as wf_level.dense; then, for s = sqrt(sumsq(z) / n) and a few multiples of it, PASSES times:
- * s to its stored value, codes of z * (1 / s), s = <u, v> / <v, v> with u = sigma z, v = sigma centroid (least squares in scores).
- * The codes belong to the stored scale, so its rounding costs next to nothing; the start of least error wins: such fixed points are
- * local, and at 2 bits the best of five leaves 3 to 6 % less error.  log8: code 0 is 0, code k is 2^((k - 128) / 24). */
+ * Encoding, in f32, no contraction: z as wf_level.dense; codes of z * (1 / s) have the scale of least squares in scores
+ * <u, v> / <v, v>, u = sigma z, v = sigma centroid.  Of s = sqrt(sumsq(z) / n) and its multiples by `factor` that which leaves the
+ * least error gives the first scale (alternating alone ends near where it began: the best of five leaves 3 to 6 % less at 2 bits);
+ * then PASSES times: the scale to its stored value, codes for that, least squares.  So the codes belong to the stored scale, and
+ * its rounding costs next to nothing.  log8: code 0 is 0, code k is 2^((k - 128) / 24). */
 #include <math.h>
 #include <pthread.h>
 #include "wf.h"
 #include "../calib.h"
 
-enum { PASSES = 3, LOG_ONE = 128, LOG_STEPS = 24 };
+enum { PASSES = 2, LOG_ONE = 128, LOG_STEPS = 24 };
 static const double FACTOR = 1.12;         /* five tries reach from 0.8 to 1.25; wider and finer ones gain another 0.3 % of the error at most */
 
 static const kv_param params[] = {
@@ -278,20 +279,20 @@ static void get_codes(const kv_codec *c, const uint8_t *page, int token, uint8_t
 
 /* ---- encode and decode */
 
-/* Boundaries ascend, so bisection counts the exceeded ones. */
-static void index_row(const kv_codec *c, const float *z, float by, uint8_t *code, float *centroid)
+/* Codes of z * by and their centroids.  Boundaries ascend, so bisection counts the exceeded ones; four components of one width go
+ * side by side, since each waits for its own last load. */
+static void index_row(const wf_state *s, int unit, const float *z, float by, uint8_t *code, float *centroid)
 {
-    const wf_state *s = c->state;
-    const int unit = wf_unit(c->side);
-    for (int i = 0; i < s->n; i += unit) {
+    for (int i = 0; i < s->n; i += 4) {
         const int width = s->width[i / unit];
         const wf_codebook *b = &s->tables->book[width];
-        for (int k = i; k < i + unit; k++) {
-            const float y = z[k] * by;
-            int at = 0;
-            for (int step = 1 << width >> 1; step; step /= 2) at += y > b->bound[at + step - 1] ? step : 0;
-            code[k] = (uint8_t)at;
-            centroid[k] = b->centroid[at];
+        const float y[4] = { z[i] * by, z[i + 1] * by, z[i + 2] * by, z[i + 3] * by };
+        unsigned at[4] = { 0 };
+        for (unsigned step = 1u << width >> 1; step; step /= 2)
+            for (int k = 0; k < 4; k++) at[k] += (unsigned)(y[k] > b->bound[at[k] + step - 1]) * step;
+        for (int k = 0; k < 4; k++) {
+            code[i + k] = (uint8_t)at[k];
+            centroid[i + k] = b->centroid[at[k]];
         }
     }
 }
@@ -336,27 +337,16 @@ static float analyse(const kv_codec *c, const wf_level *l, const float *x, float
     }
 }
 
-/* From `start`, PASSES times: the scale as stored, the codes for it, the scale of least squares for them.  The error left, less
- * sumsq(u), in units of 4^e. */
-static float fit_scale(const kv_codec *c, const float *z, const float *u, float start, int e, unsigned *stored, uint8_t *code)
+/* Codes of z at a scale; returns the scale of least squares for them, and what of sumsq(u) it takes away. */
+static float take_codes(const kv_codec *c, const float *z, const float *u, float scale, uint8_t *code, float *gain)
 {
     const wf_state *s = c->state;
-    float centroid[KV_MAX_HEAD_DIM], v[KV_MAX_HEAD_DIM], error = 0, scale = start;
-    unsigned next;
-    for (int pass = 0; pass < PASSES; pass++) {
-        float value;
-        next = store_scale(s, ldexpf(scale, e), &value);
-        if (pass && next == *stored) break;
-        *stored = next;
-        if (value == 0) return 0;
-        value = ldexpf(value, -e);
-        index_row(c, z, 1 / value, code, centroid);
-        for (int i = 0; i < s->n; i++) v[i] = s->sigma[i] * centroid[i];
-        const float uv = kv_dot16(u, v, s->n), vv = kv_sumsq(v, s->n);
-        error = value * (value * vv - 2 * uv);
-        scale = uv / vv;
-    }
-    return error;
+    float centroid[KV_MAX_HEAD_DIM], v[KV_MAX_HEAD_DIM];
+    index_row(s, wf_unit(c->side), z, 1 / scale, code, centroid);
+    for (int i = 0; i < s->n; i++) v[i] = s->sigma[i] * centroid[i];
+    const float uv = kv_dot16(u, v, s->n), vv = kv_sumsq(v, s->n), best = uv / vv;
+    *gain = best * uv;
+    return best;
 }
 
 static void wf_encode(const kv_codec *c, uint8_t *page, int tok0, int n, const float *x, int64_t ld)
@@ -364,22 +354,26 @@ static void wf_encode(const kv_codec *c, uint8_t *page, int tok0, int n, const f
     const wf_state *s = c->state;
     const wf_level *l = level();
     for (int t = tok0; t < tok0 + n; t++, x += ld) {
-        float z[KV_MAX_HEAD_DIM], u[KV_MAX_HEAD_DIM], least = INFINITY;
-        uint8_t code[KV_MAX_HEAD_DIM] = { 0 }, best[KV_MAX_HEAD_DIM] = { 0 };
-        unsigned stored = 0, kept = 0;
+        float z[KV_MAX_HEAD_DIM], u[KV_MAX_HEAD_DIM], most = -1, gain, value;
+        uint8_t code[KV_MAX_HEAD_DIM] = { 0 };
+        unsigned stored = 0;
         int e;
         const float rms = analyse(c, l, x, z, &e);
+        float scale = rms;
         for (int i = 0; i < s->n; i++) u[i] = s->sigma[i] * z[i];
         for (int k = 0; k < s->search && rms > 0; k++) {
-            const float error = fit_scale(c, z, u, rms * s->factor[k], e, &stored, code);
-            if (!(error < least)) continue;
-            least = error;
-            kept = stored;
-            memcpy(best, code, (size_t)s->n);
+            const float to = take_codes(c, z, u, rms * s->factor[k], code, &gain);
+            if (gain > most) { most = gain; scale = to; }
         }
-        put_codes(c, page, t, best);
-        if (s->scale_mode == WF_SCALE_LOG8) page[s->scales + (size_t)t] = (uint8_t)kept;
-        else kv_store_u16(page + s->scales + 2 * (size_t)t, (uint16_t)kept);
+        for (int pass = 0; pass < PASSES && scale > 0; pass++) {
+            const unsigned before = stored;
+            stored = store_scale(s, ldexpf(scale, e), &value);
+            if (value == 0 || (pass && stored == before)) break;
+            scale = take_codes(c, z, u, ldexpf(value, -e), code, &gain);
+        }
+        put_codes(c, page, t, code);
+        if (s->scale_mode == WF_SCALE_LOG8) page[s->scales + (size_t)t] = (uint8_t)stored;
+        else kv_store_u16(page + s->scales + 2 * (size_t)t, (uint16_t)stored);
     }
 }
 

@@ -147,3 +147,27 @@ describe("a context beyond the model's training", function()
     assert.is_nil(rows[1].warnings)
   end)
 end)
+
+describe("experiments/key_bias.py", function()
+  local function biased(more)
+    local path = H.temporary ".gguf"
+    local ok = os.execute(("python3 '%s/experiments/key_bias.py' '%sllama3.gguf' '%s' %s"):format(H.root, FOLDER, path, more))
+    return (ok == 0 or ok == true) and kv.model(path)
+  end
+
+  it("adds a bias to the keys and nothing else", function()
+    if os.execute "python3 -c pass" ~= 0 then return pending "there is no python3" end
+    local entry
+    for _, e in ipairs(index.models) do entry = e.name == "llama3" and e or entry end
+    local none, much = biased "--norm 0 --pairs 2", biased "--norm 50 --pairs 2"
+    assert.is_true(none.has_kv_bias and much.has_kv_bias and not kv.model(FOLDER .. "llama3.gguf").has_kv_bias)
+    local function off(m)
+      local s = m:session { max_tokens = #entry.ids }
+      s:feed(entry.ids, { logits = "all" })
+      local all = s:logits()
+      return (worst(entry, function(t) return all:_data() + t * entry.n_vocab end))
+    end
+    assert(off(none) <= 1e-4, "a bias of norm 0 changes the model")
+    assert(off(much) > 1e-3, "a bias of norm 50 does not")
+  end)
+end)
