@@ -12,7 +12,11 @@
  * positions have no low-rank basis.  The published basis spans all layers and heads, which pages of one head cannot hold; that
  * form is for offload (kv.offload).
  *
- * Encoding arithmetic: z_j is summed over the channels in ascending order, y_i over the components, in f32, no contraction. */
+ * Encoding arithmetic: z_j is summed over the channels in ascending order, y_i over the components, in f32, no contraction.
+ *
+ * Attention reads a tile of rows as coefficients, behind which stands a 1 for the mean, and is done with them as with any f32
+ * rows.  What is saved over decoding is the basis: head_dim multiplications a coefficient. */
+#include <immintrin.h>
 #include <math.h>
 #include "../calib.h"
 #include "../eigen.h"
@@ -22,7 +26,7 @@
 enum { P_BITS, P_TYPES, P_SCALE, P_ALLOCATE };
 enum { TYPES_FINE, TYPES_PAPER, TYPES_E4M3 };
 enum { SCALE_STATIC, SCALE_TOKEN };
-enum { HEADER = 16, MAX_RANK = KV_MAX_HEAD_DIM };
+enum { HEADER = 16, MAX_RANK = KV_MAX_HEAD_DIM, MAX_PADDED = MAX_RANK + 16, OVERREAD = 16 };
 
 static const kv_param params[] = {
     { "bits",     "bits per element that the allocation may spend, headers of blocks included", KV_PARAM_REAL, 4, 0.25, 8, NULL },
@@ -31,10 +35,22 @@ static const kv_param params[] = {
     { "allocate", "dynamic program over every number of bits, or Lagrange multiplier", KV_PARAM_CHOICE, 0, 0, 1, "dp|lagrange" },
 };
 
+/* Eight neighbouring components: the 4 bytes of 16 from `at` on that hold each code, its shift and its mask (0: no bits). */
+typedef struct pca_eight {
+    _Alignas(32) uint8_t shuffle[32];
+    _Alignas(32) int32_t shift[8];
+    _Alignas(32) int32_t mask[8];
+    int                  at;
+} pca_eight;
+
 typedef struct pca_state {
-    kvtc_plan plan;
-    float    *mean, *step;          /* [head_dim], [rank] */
-    float    *forward, *back;       /* V^T [head_dim][rank], V [rank][head_dim] */
+    kvtc_plan  plan;
+    int        padded, simd;        /* rank + 1 rounded up to 16; 1: no block is e4m3, which pca_level.h cannot read */
+    size_t     reach;               /* of a row's reads by pca_level.h, from its start */
+    size_t     forward_ld, back_ld; /* rank and head_dim, rounded up to 16 */
+    float     *mean, *step, *low;   /* [head_dim], [padded]: calibrated steps and -(2^b - 1) / 2, 0 where nothing is stored */
+    float     *forward, *back;      /* V^T [head_dim][forward_ld], V [rank][back_ld], zeros behind */
+    pca_eight *eight;               /* [padded / 8] */
 } pca_state;
 
 /* ---- tables */
@@ -129,6 +145,30 @@ static int read_floats(float *to, const uint8_t **at, int n, const char *what, b
     return KV_OK;
 }
 
+static void find_codes(pca_state *s)
+{
+    const kvtc_plan *p = &s->plan;
+    int bit = p->header_bits;
+    s->simd = 1;
+    s->reach = OVERREAD;
+    for (int b = 0; b < p->n_blocks; b++)
+        for (int k = p->block[b].start; k < p->block[b].start + p->block[b].size; k++) {
+            const int type = p->block[b].type;
+            pca_eight *e = &s->eight[k / 8];
+            s->simd &= type != KVTC_E4M3;
+            if (k % 8 == 0) e->at = bit / 8;
+            for (int i = 0; i < 4; i++) e->shuffle[4 * (k % 8) + i] = (uint8_t)(bit / 8 - e->at + i);
+            e->shift[k % 8] = bit % 8;
+            s->reach = (size_t)e->at + OVERREAD;
+            if (type == KVTC_NONE) s->step[k] = 0;
+            else if (type != KVTC_E4M3) {
+                e->mask[k % 8] = (1 << type) - 1;
+                s->low[k] = -((float)(1 << type) * 0.5f - 0.5f);
+                bit += type;
+            }
+        }
+}
+
 static int pca_init(kv_codec *c)
 {
     pca_state *s = c->state;
@@ -142,13 +182,17 @@ static int pca_init(kv_codec *c)
     p->rank = (int)rank;
     p->n_blocks = (int)blocks;
     RETURN_ERROR_IF(c->blob_bytes != table_bytes(d, p), KV_E_CORRUPT, "codec 'pca': %zu bytes of tables, rank %u in %u blocks needs %zu", c->blob_bytes, rank, blocks, table_bytes(d, p));
-    const size_t cells = (size_t)rank * (size_t)d;
+    s->padded = (int)kv_round_up((size_t)rank + 1, 16);
+    s->forward_ld = kv_round_up(rank, 16);
+    s->back_ld = kv_round_up((size_t)d, 16);
     p->block = kv_alloc_array((size_t)blocks + 1, sizeof *p->block, true);
     s->mean = kv_alloc_array((size_t)d, sizeof(float), false);
-    s->step = kv_alloc_array((size_t)rank + 1, sizeof(float), true);
-    s->forward = kv_alloc_array(cells + 1, sizeof(float), false);
-    s->back = kv_alloc_array(cells + 1, sizeof(float), false);
-    if (!p->block || !s->mean || !s->step || !s->forward || !s->back) return KV_E_NOMEM;
+    s->step = kv_alloc_array((size_t)s->padded, sizeof(float), true);
+    s->low = kv_alloc_array((size_t)s->padded, sizeof(float), true);
+    s->forward = kv_alloc_array((size_t)d * s->forward_ld + 1, sizeof(float), true);
+    s->back = kv_alloc_array((size_t)rank * s->back_ld + 1, sizeof(float), true);
+    s->eight = kv_alloc_array((size_t)s->padded / 8, sizeof *s->eight, true);
+    if (!p->block || !s->mean || !s->step || !s->low || !s->forward || !s->back || !s->eight) return KV_E_NOMEM;
     at += HEADER;
     FORWARD_IF_ERROR(read_floats(s->mean, &at, d, "mean", false));
     if (fixed) FORWARD_IF_ERROR(read_floats(s->step, &at, (int)rank, "step", true));
@@ -162,16 +206,17 @@ static int pca_init(kv_codec *c)
         for (int i = 0; i < d; i++, at += 2) {
             const float v = kv_f16_to_f32(kv_load_u16(at));
             RETURN_ERROR_IF(!(fabsf(v) <= 2), KV_E_CORRUPT, "codec 'pca': basis[%d][%d] = %g is not within 2", j, i, (double)v);
-            s->forward[(size_t)i * rank + (size_t)j] = s->back[(size_t)j * (size_t)d + (size_t)i] = v;
+            s->forward[(size_t)i * s->forward_ld + (size_t)j] = s->back[(size_t)j * s->back_ld + (size_t)i] = v;
         }
+    find_codes(s);
     if (!p->row_bytes) p->row_bytes = 1;                 /* a budget below one block: the mean alone */
     c->page.scales = (double)p->header_bits / 8 * c->page_tokens;
     c->page.codes = (double)p->code_bits * c->page_tokens / 8;
     c->page.padding = (double)p->row_bytes * c->page_tokens - c->page.scales - c->page.codes;
     c->bits_nominal = (double)p->code_bits / d;
     c->granule = 1;
-    c->space_dim = (int)rank + 1;
-    c->query_bytes = kv_round_up(((size_t)rank + 1) * sizeof(float), 64);
+    c->space_dim = s->padded;
+    c->query_bytes = (size_t)s->padded * sizeof(float);
     return KV_OK;
 }
 
@@ -181,17 +226,50 @@ static void pca_fini(kv_codec *c)
     kvtc_plan_clear(&s->plan);
     kv_free(s->mean);
     kv_free(s->step);
+    kv_free(s->low);
     kv_free(s->forward);
     kv_free(s->back);
+    kv_free(s->eight);
 }
 
 /* ---- rows */
 
-/* y[k] = sum_i x[i] m[i][k], i ascending. */
-static void times(const float *x, int n, const float *m, int cols, float *y)
+#define LEVEL_FILE "codecs/pca_level.h"
+#include "../levels.h"
+#undef LEVEL_FILE
+
+/* y[k] += sum_i x[i] m[i][k], i ascending. */
+static void times(const float *x, int n, const float *m, size_t ld, float *y)
 {
-    for (int i = 0; i < n; i++, m += cols)
-        for (int k = 0; k < cols; k++) y[k] += x[i] * m[k];
+    const int level = kv_cpu_simd();
+    if (level >= KV_SIMD_AVX512) times_avx512(x, n, m, ld, y);
+    else if (level >= KV_SIMD_AVX2) times_avx2(x, n, m, ld, y);
+    else for (int i = 0; i < n; i++, m += ld)
+        for (size_t k = 0; k < ld; k++) y[k] += x[i] * m[k];
+}
+
+/* Coefficients of n tokens, s->padded floats apart, in each 1 behind the last and then 0. */
+static void coefficients(const kv_codec *c, const uint8_t *page, int token, int n, float *z)
+{
+    const pca_state *s = c->state;
+    const kvtc_plan *p = &s->plan;
+    const int level = s->simd ? kv_cpu_simd() : KV_SIMD_C;
+    for (int m; n > 0; n -= m, token += m, z += (size_t)m * (size_t)s->padded) {
+        uint8_t symbol[5 * MAX_RANK], last[5 * MAX_RANK + OVERREAD];
+        const size_t at = (size_t)token * p->row_bytes;
+        const uint8_t *row = page + at;
+        m = 1;
+        if (level == KV_SIMD_C) {
+            memset(z, 0, sizeof *z * (size_t)s->padded);
+            kvtc_unpack(p, row, symbol);
+            kvtc_dequantize(p, s->step, symbol, z);
+            z[p->rank] = 1;
+            continue;
+        }
+        if (at + s->reach <= c->page_bytes) m = (int)kv_min64(n, (int64_t)((c->page_bytes - at - s->reach) / p->row_bytes) + 1);
+        else row = memcpy(last, row, p->row_bytes);              /* the page ends before its reads do */
+        (level >= KV_SIMD_AVX512 ? rows_avx512 : rows_avx2)(s, row, m, z);
+    }
 }
 
 static void pca_encode(const kv_codec *c, uint8_t *page, int tok0, int n, const float *x, int64_t ld)
@@ -201,28 +279,24 @@ static void pca_encode(const kv_codec *c, uint8_t *page, int tok0, int n, const 
     uint8_t symbol[5 * MAX_RANK];
     for (int t = 0; t < n; t++, x += ld) {
         for (int i = 0; i < c->head_dim; i++) centred[i] = x[i] - s->mean[i];
-        memset(z, 0, sizeof(float) * (size_t)s->plan.rank);
-        times(centred, c->head_dim, s->forward, s->plan.rank, z);
+        memset(z, 0, sizeof(float) * s->forward_ld);
+        times(centred, c->head_dim, s->forward, s->forward_ld, z);
         kvtc_quantize(&s->plan, s->step, z, symbol);
         kvtc_pack(&s->plan, symbol, page + (size_t)(tok0 + t) * s->plan.row_bytes);
     }
 }
 
-static void coefficients(const pca_state *s, const uint8_t *page, int token, float *z)
-{
-    uint8_t symbol[5 * MAX_RANK];
-    kvtc_unpack(&s->plan, page + (size_t)token * s->plan.row_bytes, symbol);
-    kvtc_dequantize(&s->plan, s->step, symbol, z);
-}
-
 static void pca_decode(const kv_codec *c, const uint8_t *page, int tok0, int n, float *x, int64_t ld)
 {
     const pca_state *s = c->state;
-    float z[MAX_RANK];
+    const size_t d = (size_t)c->head_dim;
+    float z[MAX_PADDED], y[KV_MAX_HEAD_DIM];
     for (int t = 0; t < n; t++, x += ld) {
-        coefficients(s, page, tok0 + t, z);
-        memcpy(x, s->mean, sizeof(float) * (size_t)c->head_dim);
-        times(z, s->plan.rank, s->back, c->head_dim, x);
+        coefficients(c, page, tok0 + t, 1, z);
+        memcpy(y, s->mean, sizeof(float) * d);
+        memset(y + d, 0, sizeof(float) * (s->back_ld - d));
+        times(z, s->plan.rank, s->back, s->back_ld, y);
+        memcpy(x, y, sizeof(float) * d);
     }
 }
 
@@ -235,42 +309,47 @@ static void pca_query(const kv_codec *c, const float *q, int64_t ld, int n_q, vo
     float *to = prepared;
     for (int g = 0; g < n_q; g++, q += ld, to += stride) {
         memset(to, 0, c->query_bytes);
-        times(q, c->head_dim, s->forward, s->plan.rank, to);
+        times(q, c->head_dim, s->forward, s->forward_ld, to);
         to[s->plan.rank] = kv_vec_dot(q, s->mean, c->head_dim);
     }
 }
 
+enum { TILE_FLOATS = 4096, TILE_ROWS = 8, TILE_MAX = TILE_ROWS * MAX_PADDED };   /* a tile stays in the first cache level */
+
 static void pca_dot(const kv_codec *c, const uint8_t *page, int n_tokens, const void *prepared, int n_q, float *scores, int64_t ld)
 {
     const pca_state *s = c->state;
-    const size_t stride = c->query_bytes / sizeof(float);
-    const float *q = prepared;
-    float z[MAX_RANK];
-    for (int t = 0; t < n_tokens; t++) {
-        coefficients(s, page, t, z);
-        for (int g = 0; g < n_q; g++) scores[g * ld + t] = kv_vec_dot(q + (size_t)g * stride, z, s->plan.rank) + q[(size_t)g * stride + (size_t)s->plan.rank];
+    _Alignas(64) float tile[TILE_MAX];
+    const int step = kv_max(TILE_FLOATS / s->padded, TILE_ROWS);
+    for (int t = 0; t < n_tokens; t += step) {
+        const int n = kv_min(step, n_tokens - t);
+        coefficients(c, page, t, n, tile);
+        kv_rows_dot(KV_F32, tile, s->padded, n, s->padded, prepared, (int64_t)(c->query_bytes / sizeof(float)), n_q, scores + t, ld);
     }
 }
 
 static void pca_accumulate(const kv_codec *c, const uint8_t *page, int n_tokens, const float *p, int64_t ld, int n_q, float *acc)
 {
     const pca_state *s = c->state;
-    float z[MAX_RANK];
-    for (int t = 0; t < n_tokens; t++) {
-        coefficients(s, page, t, z);
-        for (int g = 0; g < n_q; g++) {
-            kv_vec_axpy(p[g * ld + t], z, acc + (size_t)g * (size_t)c->space_dim, s->plan.rank);
-            acc[(size_t)g * (size_t)c->space_dim + (size_t)s->plan.rank] += p[g * ld + t];
-        }
+    _Alignas(64) float tile[TILE_MAX];
+    const int step = kv_max(TILE_FLOATS / s->padded, TILE_ROWS);
+    for (int t = 0; t < n_tokens; t += step) {
+        const int n = kv_min(step, n_tokens - t);
+        coefficients(c, page, t, n, tile);
+        kv_rows_accumulate(KV_F32, tile, s->padded, n, s->padded, p + t, ld, n_q, acc, c->space_dim);
     }
 }
 
 static void pca_output(const kv_codec *c, const float *acc, int n_q, float *out, int64_t ld)
 {
     const pca_state *s = c->state;
+    const size_t d = (size_t)c->head_dim;
+    float y[KV_MAX_HEAD_DIM];
     for (int g = 0; g < n_q; g++, acc += c->space_dim, out += ld) {
-        for (int i = 0; i < c->head_dim; i++) out[i] = acc[s->plan.rank] * s->mean[i];
-        times(acc, s->plan.rank, s->back, c->head_dim, out);
+        memset(y + d, 0, sizeof(float) * (s->back_ld - d));
+        for (size_t i = 0; i < d; i++) y[i] = acc[s->plan.rank] * s->mean[i];
+        times(acc, s->plan.rank, s->back, s->back_ld, y);
+        memcpy(out, y, sizeof(float) * d);
     }
 }
 

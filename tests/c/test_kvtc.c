@@ -130,6 +130,60 @@ static double water_filling(const double *variance, int n, double bits)
     return error / energy;
 }
 
+/* Every SIMD level encodes and decodes to the bits of plain C, and attends to what it decodes; pages of few tokens end soon
+ * after their last row. */
+static void test_levels(const char *setting, const float *x, int n, int d)
+{
+    const kv_tensor rows = { .data = (float *)x, .ndim = 2, .shape = { n, d }, .stride = { d, 1 } };
+    static const int pages[] = { 8, 24, 64 };
+    for (int i = 0; i < 3; i++) {
+        kv_codec *c;
+        CHECK(kv_codec_fit(&c, "pca", setting, d, pages[i], KV_SIDE_K, &rows, NULL) == KV_OK, "%s", kv_last_error());
+        if (!c) return;
+        const int t = pages[i];
+        uint8_t *page = kv_zalloc(c->page_bytes), *other = kv_zalloc(c->page_bytes), *prepared = kv_alloc(5 * kv_round_up(c->query_bytes, 64));
+        float *y = kv_alloc((size_t)(t * d) * 4), *z = kv_alloc((size_t)(t * d) * 4), *s = kv_alloc((size_t)(5 * t) * 4), *acc = kv_alloc((size_t)(5 * c->space_dim) * 4), *o = kv_alloc((size_t)(5 * d) * 4);
+        for (int level = 0; level <= kv_cpu_simd_max(); level++) {
+            if (kv_cpu_limit(level) != level) continue;
+            memset(other, 0, c->page_bytes);
+            c->ops->encode(c, other, 0, t, x, d);
+            c->ops->decode(c, other, 0, t, z, d);
+            if (level == 0) {
+                memcpy(page, other, c->page_bytes);
+                memcpy(y, z, (size_t)(t * d) * 4);
+            }
+            CHECK(memcmp(page, other, c->page_bytes) == 0 && memcmp(y, z, (size_t)(t * d) * 4) == 0, "pca %s simd=%d page of %d: other bits than plain C", setting, level, t);
+            c->ops->query(c, x + d, d, 5, prepared);
+            c->ops->dot(c, page, t, prepared, 5, s, t);
+            double worst = 0, most = 0;
+            for (int g = 0; g < 5; g++)
+                for (int k = 0; k < t; k++) {
+                    double want = 0;
+                    for (int j = 0; j < d; j++) want += (double)x[(g + 1) * d + j] * y[k * d + j];
+                    worst = fmax(worst, fabs(want - s[g * t + k]));
+                    most = fmax(most, fabs(want));
+                }
+            CHECK(worst <= 2e-5 * most, "pca %s simd=%d: scores off by %g of %g", setting, level, worst, most);
+            memset(acc, 0, (size_t)(5 * c->space_dim) * 4);
+            for (int k = 0; k < 5 * t; k++) s[k] = (float)(k % 7) / 7;
+            c->ops->accumulate(c, page, t, s, t, 5, acc);
+            c->ops->output(c, acc, 5, o, d);
+            worst = most = 0;
+            for (int g = 0; g < 5; g++)
+                for (int j = 0; j < d; j++) {
+                    double want = 0;
+                    for (int k = 0; k < t; k++) want += (double)s[g * t + k] * y[k * d + j];
+                    worst = fmax(worst, fabs(want - o[g * d + j]));
+                    most = fmax(most, fabs(want));
+                }
+            CHECK(worst <= 2e-5 * most, "pca %s simd=%d: sums off by %g of %g", setting, level, worst, most);
+        }
+        kv_cpu_limit(kv_cpu_simd_max());
+        kv_free(page); kv_free(other); kv_free(prepared); kv_free(y); kv_free(z); kv_free(s); kv_free(acc); kv_free(o);
+        kv_codec_free(c);
+    }
+}
+
 /* Rate and distortion.  A uniform quantizer of a Gaussian at 5 bits has 3.57 times the error of the bound (Max 1960), at 2 bits
  * 1.90 times: with steps from calibration a row lies between.  Headers of 32 bits cost the published blocks dearly in one head. */
 static void test_codec(void)
@@ -143,6 +197,7 @@ static void test_codec(void)
     double variance[D];
     for (int i = 0; i < D; i++) variance[i] = 64 * exp(-0.16 * i);
     for (int k = 0; k < 6; k++) {
+        test_levels(settings[k], x, N, D);
         kv_tensor rows = { .data = x, .ndim = 2, .shape = { N, D }, .stride = { D, 1 } };
         kv_codec *c, *again;
         CHECK(kv_codec_fit(&c, "pca", settings[k], D, 64, KV_SIDE_K, &rows, NULL) == KV_OK, "%s", kv_last_error());
