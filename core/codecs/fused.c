@@ -34,9 +34,9 @@ static const kv_param params[] = {
 
 typedef struct fused_state {
     polar_field angle, sign, map, radius, code;               /* sign: residual; map, radius, code: subspace */
-    polar_norms norms;
+    polar_form  base;                                         /* residual: angles and radii */
     int         form, pairs, row_bytes, radius_at, code_at, angle_at;
-    size_t      norm_at, sign_at, side_at, scale_at;
+    size_t      sign_at, scale_at;
     float      *circle, *first, *second;                      /* directions; the signs of R1 and R2 */
     _Alignas(64) float tail[256], tail_bound[256], disk[256], disk_bound[256];
 } fused_state;
@@ -63,13 +63,17 @@ static void init_residual(kv_codec *c, fused_state *s)
     const size_t tokens = (size_t)c->page_tokens;
     polar_field_init(&s->angle, (int)c->value[P_ANGLES], d / 2);
     polar_field_init(&s->sign, 2, d);
-    polar_norms_init(&s->norms, (int)c->value[P_NORM], (int)c->value[P_NORM_BITS], d / 2, 2, (int)c->value[P_ANGLES]);
-    s->norm_at = tokens * (size_t)s->angle.bytes;
-    s->sign_at = s->norm_at + tokens * (size_t)s->norms.bytes;
-    s->side_at = s->sign_at + tokens * (size_t)s->sign.bytes;
-    s->scale_at = s->side_at + tokens * (size_t)s->norms.side_bytes;
+    polar_form *f = &s->base;
+    f->levels = 1;
+    f->field[0] = s->angle;
+    f->angle_bytes = s->angle.bytes;
+    polar_norms_init(&f->norms, (int)c->value[P_NORM], (int)c->value[P_NORM_BITS], d / 2, 2, (int)c->value[P_ANGLES]);
+    f->norm_at = tokens * (size_t)s->angle.bytes;
+    s->sign_at = f->norm_at + tokens * (size_t)f->norms.bytes;
+    f->side_at = s->sign_at + tokens * (size_t)s->sign.bytes;
+    s->scale_at = f->side_at + tokens * (size_t)f->norms.side_bytes;
     c->page.codes = (double)tokens * (s->angle.bytes + s->sign.bytes);
-    c->page.scales = (double)tokens * (s->norms.bytes + s->norms.side_bytes + 2);
+    c->page.scales = (double)tokens * (f->norms.bytes + f->norms.side_bytes + 2);
     c->bits_nominal = 0.5 * log2(c->value[P_ANGLES]) + 1;
     c->space_dim = 2 * d;
 }
@@ -119,6 +123,7 @@ static int fused_init(kv_codec *c)
     c->page.padding = after < POLAR_OVERREAD ? POLAR_OVERREAD - after : 0;
     c->query_bytes = kv_round_up(4 * (size_t)c->space_dim, 64);
     FORWARD_IF_ERROR(polar_circle(s->angle.base, &s->circle));
+    s->base.table[0] = s->circle;
     s->first = kv_alloc_array((size_t)d, sizeof *s->first, false);
     s->second = kv_alloc_array((size_t)d, sizeof *s->second, false);
     if (!s->first || !s->second) return KV_E_NOMEM;
@@ -150,20 +155,10 @@ static void rotate_back(const kv_codec *c, const float *sign, float *z, float *o
 
 /* ---- rows in the codec's space -------------------------------------------------------------------------------------------- */
 
-static void residual_base(const fused_state *s, const uint8_t *page, int t, float *out)
-{
-    float r[POLAR_ROW];
-    int32_t index[POLAR_ROW];
-    const polar_level *l = polar_at_level();
-    polar_norms_get(&s->norms, page + s->norm_at + (size_t)t * (size_t)s->norms.bytes, page + s->side_at + (size_t)t * (size_t)s->norms.side_bytes, r);
-    l->unpack(&s->angle, page + (size_t)t * (size_t)s->angle.bytes, index);
-    l->expand(r, index, s->circle, s->angle.count, out);
-}
-
 static void subspace_row(const fused_state *s, const uint8_t *page, int t, float *out)
 {
     int32_t map[POLAR_ROW], angle[POLAR_ROW], radius[POLAR_ROW], code[POLAR_ROW];
-    float r[POLAR_ROW], pair[POLAR_ROW];
+    float r[POLAR_ROW], part[2][POLAR_ROW + 2];               /* scalars, pairs */
     const polar_level *l = polar_at_level();
     const uint8_t *row = page + (size_t)t * (size_t)s->row_bytes;
     const float scale = kv_f16_to_f32(kv_load_u16(page + s->scale_at + 2 * (size_t)t));
@@ -171,31 +166,25 @@ static void subspace_row(const fused_state *s, const uint8_t *page, int t, float
     l->unpack(&s->angle, row + s->angle_at, angle);
     l->unpack(&s->radius, row + s->radius_at, radius);
     l->unpack(&s->code, row + s->code_at, code);
-    for (int i = 0; i < s->pairs; i++) r[i] = scale * s->tail[radius[i]];
-    l->expand(r, angle, s->circle, s->pairs, pair);
-    for (int i = 0, a = 0, b = 0; i < s->map.count; i++) {    /* a map from elsewhere may have any number of ones */
-        const int polar = a < s->pairs && (map[i] || b + 2 > s->code.count);
-        out[2 * i] = polar ? pair[2 * a] : scale * s->disk[code[b]];
-        out[2 * i + 1] = polar ? pair[2 * a + 1] : scale * s->disk[code[b + 1]];
-        a += polar;
-        b += polar ? 0 : 2;
+    l->levels(s->tail, radius, s->pairs, scale, r);
+    l->levels(s->disk, code, s->code.count, scale, part[0]);
+    l->expand(r, angle, s->circle, s->angle.base, s->pairs, part[1]);
+    const float *scalar = part[0], *const scalars = scalar + s->code.count - 1, *pair = part[1], *const pairs = pair + 2 * s->pairs;
+    for (int i = 0; i < s->map.count; i++) {                  /* a map from elsewhere may have any number of ones; no branch: it is a coin toss */
+        const int polar = (pair < pairs) & ((map[i] != 0) | (scalar >= scalars));
+        memcpy(out + 2 * i, polar ? pair : scalar, 2 * sizeof *out);
+        pair += 2 * polar;
+        scalar += 2 * !polar;
     }
 }
 
 static void fused_rows(const kv_codec *c, const uint8_t *page, int tok0, int n, float *out, int ld)
 {
     const fused_state *s = c->state;
-    const int d = c->head_dim;
+    if (s->form == FORM_RESIDUAL) polar_at_level()->rows(&s->base, page, tok0, n, out, ld);
     for (int t = tok0; t < tok0 + n; t++, out += ld) {
-        if (s->form == FORM_SUBSPACE) {
-            subspace_row(s, page, t, out);
-            continue;
-        }
-        int32_t sign[POLAR_ROW];
-        const float alpha = kv_f16_to_f32(kv_load_u16(page + s->scale_at + 2 * (size_t)t));
-        residual_base(s, page, t, out);
-        polar_at_level()->unpack(&s->sign, page + s->sign_at + (size_t)t * (size_t)s->sign.bytes, sign);
-        polar_at_level()->line(sign, d, -alpha, 2 * alpha, out + d);
+        if (s->form == FORM_SUBSPACE) subspace_row(s, page, t, out);
+        else polar_at_level()->signs(page + s->sign_at + (size_t)t * (size_t)s->sign.bytes, c->head_dim, kv_f16_to_f32(kv_load_u16(page + s->scale_at + 2 * (size_t)t)), out + c->head_dim);
     }
 }
 
@@ -222,8 +211,8 @@ static void encode_residual(const kv_codec *c, uint8_t *page, int t, float *y, i
     int32_t index[POLAR_ROW];
     polar_at_level()->split(y, d / 2, s->angle.base, r, index);
     polar_pack(&s->angle, index, page + (size_t)t * (size_t)s->angle.bytes);
-    polar_norms_put(&s->norms, r, e, page + s->norm_at + (size_t)t * (size_t)s->norms.bytes, page + s->side_at + (size_t)t * (size_t)s->norms.side_bytes);
-    residual_base(s, page, t, base);
+    polar_norms_put(&s->base.norms, r, e, page + s->base.norm_at + (size_t)t * (size_t)s->base.norms.bytes, page + s->base.side_at + (size_t)t * (size_t)s->base.norms.side_bytes);
+    polar_at_level()->rows(&s->base, page, t, 1, base, 0);
     for (int i = 0; i < d; i++) y[i] = (e ? ldexpf(y[i], e) : y[i]) - base[i];
     rotate(c, s->second, y, 1, w);
     for (int i = 0; i < d; i++) {

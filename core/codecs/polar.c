@@ -32,43 +32,43 @@
 #include "polar.h"
 
 enum { P_ANGLES, P_NORM, P_NORM_BITS, P_LEVELS, P_UPPER, P_ROTATION, P_SEED };
-enum { LEVELS_MAX = 9, UPPER_MAX = 64 };
+enum { UPPER_MAX = 64 };
 enum { STREAM_SIGN = 0x504F0000 };            /* plus the side: keys and values draw apart */
 
 static const kv_param params[] = {
     { "angles",    "directions of a pair", KV_PARAM_INT, 128, 2, POLAR_BASE_MAX, NULL },
     { "norm",      "how radii are stored: floats, linear or logarithmic between the row's extremes, or Lloyd-Max times a scale", KV_PARAM_CHOICE, POLAR_LIN, 0, 4, "f32|f16|lin|log|lloyd" },
     { "norm_bits", "bits of a radius for lin, log (1 to 8) and lloyd (0 to 8: 0 is one radius for all)", KV_PARAM_INT, 8, 0, 8, NULL },
-    { "levels",    "1: pairs; more: radii are paired again (PolarQuant has 4)", KV_PARAM_INT, 1, 1, LEVELS_MAX, NULL },
+    { "levels",    "1: pairs; more: radii are paired again (PolarQuant has 4)", KV_PARAM_INT, 1, 1, POLAR_LEVELS, NULL },
     { "upper",     "angles of a pair of radii, from level 2 on", KV_PARAM_INT, 4, 2, UPPER_MAX, NULL },
     { "rotation",  "random signs and Walsh-Hadamard, or none", KV_PARAM_CHOICE, 0, 0, 1, "hadamard|none" },
     { "seed",      "of the signs; keys and values draw from different streams of it", KV_PARAM_INT, 0, 0, 4294967295.0, NULL },
 };
 
 typedef struct polar_state {
-    polar_norms norms;
-    polar_field field[LEVELS_MAX];
-    int         levels, upper, angle_bytes, at[LEVELS_MAX];   /* at: where a level starts in a row */
-    size_t      norm_at, side_at;
-    float      *circle, *sign;                                /* sign: NULL without rotation */
-    _Alignas(64) float direction[LEVELS_MAX][2 * UPPER_MAX], bound[LEVELS_MAX][2 * UPPER_MAX];   /* (cos, sin) of levels and of the boundaries between them */
+    polar_form form;
+    int        upper;
+    float     *circle, *sign;                                 /* sign: NULL without rotation */
+    _Alignas(64) float direction[POLAR_LEVELS][2 * UPPER_MAX], bound[POLAR_LEVELS][2 * UPPER_MAX];   /* (cos, sin) of levels and of the boundaries between them */
 } polar_state;
 
 static int polar_init(kv_codec *c)
 {
     polar_state *s = c->state;
+    polar_form *f = &s->form;
     const int d = c->head_dim, angles = (int)c->value[P_ANGLES], norm = (int)c->value[P_NORM], norm_bits = (int)c->value[P_NORM_BITS];
-    s->levels = (int)c->value[P_LEVELS];
+    f->levels = (int)c->value[P_LEVELS];
     s->upper = (int)c->value[P_UPPER];
-    RETURN_ERROR_IF(d % (1 << s->levels), KV_E_PARAM, "codec 'polar': levels=%d needs a head_dim that is a multiple of %d, head_dim=%d is not", s->levels, 1 << s->levels, d);
+    RETURN_ERROR_IF(d % (1 << f->levels), KV_E_PARAM, "codec 'polar': levels=%d needs a head_dim that is a multiple of %d, head_dim=%d is not", f->levels, 1 << f->levels, d);
     RETURN_ERROR_IF(norm_bits == 0 && norm != POLAR_LLOYD, KV_E_PARAM, "codec 'polar': norm_bits=0 is for norm=lloyd alone, others take 1..8");
     double index_bits = 0;
-    for (int l = 0; l < s->levels; l++) {
+    for (int l = 0; l < f->levels; l++) {
         const int count = d >> (l + 1), base = l ? s->upper : angles;
-        polar_field_init(&s->field[l], base, count);
-        s->at[l] = s->angle_bytes;
-        s->angle_bytes += s->field[l].bytes;
+        polar_field_init(&f->field[l], base, count);
+        f->at[l] = f->angle_bytes;
+        f->angle_bytes += f->field[l].bytes;
         index_bits += count * log2(base);
+        f->table[l] = s->direction[l];
         if (l == 0) continue;
         double psi[UPPER_MAX];
         polar_lloyd(POLAR_ANGLE, 1 << l, 0, base, psi);
@@ -80,19 +80,20 @@ static int polar_init(kv_codec *c)
             s->bound[l][2 * i + 1] = (float)sin(edge);
         }
     }
-    polar_norms_init(&s->norms, norm, norm_bits, d >> s->levels, 1 << s->levels, angles);
+    polar_norms_init(&f->norms, norm, norm_bits, d >> f->levels, 1 << f->levels, angles);
     const size_t tokens = (size_t)c->page_tokens;
-    s->norm_at = tokens * (size_t)s->angle_bytes;
-    s->side_at = s->norm_at + tokens * (size_t)s->norms.bytes;
-    const size_t tail = tokens * (size_t)(s->norms.side_bytes + (norm == POLAR_F32 || norm == POLAR_F16 ? s->norms.bytes : 0));
-    c->page.codes = (double)s->norm_at;
-    c->page.scales = (double)(s->side_at - s->norm_at + tokens * (size_t)s->norms.side_bytes);
+    f->norm_at = tokens * (size_t)f->angle_bytes;
+    f->side_at = f->norm_at + tokens * (size_t)f->norms.bytes;
+    const size_t tail = tokens * (size_t)(f->norms.side_bytes + (norm == POLAR_F32 || norm == POLAR_F16 ? f->norms.bytes : 0));
+    c->page.codes = (double)f->norm_at;
+    c->page.scales = (double)(f->side_at - f->norm_at + tokens * (size_t)f->norms.side_bytes);
     c->page.padding = tail < POLAR_OVERREAD ? (double)(POLAR_OVERREAD - tail) : 0;
     c->bits_nominal = index_bits / d;
     c->granule = 1;
     c->space_dim = d;
     c->query_bytes = kv_round_up(4 * (size_t)d, 64);
     FORWARD_IF_ERROR(polar_circle(angles, &s->circle));
+    f->table[0] = s->circle;
     if (c->value[P_ROTATION] != 0) return KV_OK;
     s->sign = kv_alloc_array((size_t)d, sizeof *s->sign, false);
     if (!s->sign) return KV_E_NOMEM;
@@ -142,41 +143,30 @@ static void join(const float *bound, int upper, float *r, int n, int32_t *index)
 static void polar_encode(const kv_codec *c, uint8_t *page, int tok0, int n, const float *x, int64_t ld)
 {
     const polar_state *s = c->state;
+    const polar_form *f = &s->form;
     const int d = c->head_dim;
     for (int t = tok0; t < tok0 + n; t++, x += ld) {
         float y[POLAR_ROW], r[POLAR_ROW];
         int32_t index[POLAR_ROW];
-        uint8_t *row = page + (size_t)t * (size_t)s->angle_bytes;
+        uint8_t *row = page + (size_t)t * (size_t)f->angle_bytes;
         const int e = polar_exponent(x, d);
         if (e < -60) for (int i = 0; i < d; i++) y[i] = ldexpf(x[i], -e);   /* 2^-e may be no float */
         rotate(c, e < -60 ? y : x, e < -60 ? 1 : ldexpf(1, -e), y);
-        polar_at_level()->split(y, d / 2, s->field[0].base, r, index);
-        polar_pack(&s->field[0], index, row);
-        for (int l = 1; l < s->levels; l++) {
-            join(s->bound[l], s->upper, r, s->field[l].count, index);
-            polar_pack(&s->field[l], index, row + s->at[l]);
+        polar_at_level()->split(y, d / 2, f->field[0].base, r, index);
+        polar_pack(&f->field[0], index, row);
+        for (int l = 1; l < f->levels; l++) {
+            join(s->bound[l], s->upper, r, f->field[l].count, index);
+            polar_pack(&f->field[l], index, row + f->at[l]);
         }
-        polar_norms_put(&s->norms, r, e, page + s->norm_at + (size_t)t * (size_t)s->norms.bytes, page + s->side_at + (size_t)t * (size_t)s->norms.side_bytes);
+        polar_norms_put(&f->norms, r, e, page + f->norm_at + (size_t)t * (size_t)f->norms.bytes, page + f->side_at + (size_t)t * (size_t)f->norms.side_bytes);
     }
 }
 
-/* Rows in rotated space.  A row is written past its end, into the next one or the tile's padding. */
+/* Rows in rotated space. */
 static void polar_rows(const kv_codec *c, const uint8_t *page, int tok0, int n, float *out, int ld)
 {
     const polar_state *s = c->state;
-    const polar_level *level = polar_at_level();
-    for (int t = tok0; t < tok0 + n; t++, out += ld) {
-        float a[POLAR_ROW], b[POLAR_ROW], *r = a, *next = b;
-        int32_t index[POLAR_ROW];
-        polar_norms_get(&s->norms, page + s->norm_at + (size_t)t * (size_t)s->norms.bytes, page + s->side_at + (size_t)t * (size_t)s->norms.side_bytes, r);
-        for (int l = s->levels - 1; l >= 0; l--) {
-            level->unpack(&s->field[l], page + (size_t)t * (size_t)s->angle_bytes + s->at[l], index);
-            level->expand(r, index, l ? s->direction[l] : s->circle, s->field[l].count, l ? next : out);
-            float *const swap = r;
-            r = next;
-            next = swap;
-        }
-    }
+    polar_at_level()->rows(&s->form, page, tok0, n, out, ld);
 }
 
 static void polar_decode(const kv_codec *c, const uint8_t *page, int tok0, int n, float *x, int64_t ld)

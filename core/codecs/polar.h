@@ -35,30 +35,6 @@ int    polar_circle(int n, float **table);
 enum { POLAR_ANGLE, POLAR_CHI, POLAR_DISK };
 void   polar_lloyd(int density, int k, double limit, int levels, double *centroid);
 
-/* One text (polar_level.h) at each SIMD level; all levels give the same bits. */
-typedef struct polar_level {
-    /* n pairs (y[2i], y[2i+1]) -> radius and index = round(angle base / 2 pi) mod base */
-    void (*split)(const float *y, int n, int base, float *r, int32_t *index);
-    void (*scale_row)(const float *x, const float *sign /* or NULL */, float by, float *out, int n);   /* out = x * (sign * by) */
-    void (*log2)(float *x, int n);            /* in place; x > 0; within 2e-7 of the value plus 1e-7 */
-    void (*exp2)(float *x, int n);            /* below -126: 0; at most 2^127 */
-    void (*steps)(const float *x, int n, float lo, float per, int top, int32_t *code);   /* clamp(rint((x - lo) * per), 0, top) */
-    void (*line)(const int32_t *code, int n, float lo, float step, float *x);            /* lo + code * step */
-    void (*unpack)(const polar_field *f, const uint8_t *src, int32_t *index);
-    /* out[2i] = r[i] * table[2 index[i]], out[2i+1] = r[i] * table[2 index[i] + 1]; out may not be r */
-    void (*expand)(const float *r, const int32_t *index, const float *table, int n, float *out);
-} polar_level;
-const polar_level *polar_at_level(void);
-
-/* Attention on rows of `dim` floats in the codec's space, which `rows` decodes to: what dot and accumulate end in. */
-typedef void (*polar_rows_fn)(const kv_codec *c, const uint8_t *page, int tok0, int n, float *out, int ld);
-void polar_dot_rows(const kv_codec *c, polar_rows_fn rows, int dim, const uint8_t *page, int n_tokens, const void *prepared, int n_q, float *scores, int64_t ld);
-void polar_accumulate_rows(const kv_codec *c, polar_rows_fn rows, int dim, const uint8_t *page, int n_tokens, const float *p, int64_t ld, int n_q, float *acc);
-
-/* 2^-e of what brings the largest |x| to 0.5..1, or e = 0 when squares are safe as they are. */
-int  polar_exponent(const float *x, int n);
-static inline uint16_t polar_f16(float x) { return kv_f32_to_f16(x > 65504 ? 65504 : x < -65504 ? -65504 : x); }
-
 /* ---- radii of one row, quantized */
 enum { POLAR_F32, POLAR_F16, POLAR_LIN, POLAR_LOG, POLAR_LLOYD };
 typedef struct polar_norms {
@@ -71,5 +47,41 @@ typedef struct polar_norms {
 void polar_norms_init(polar_norms *s, int mode, int bits, int count, int k, int angles);
 /* r is overwritten; what is stored stands for r * 2^e. */
 void polar_norms_put(const polar_norms *s, float *r, int e, uint8_t *row, uint8_t *side);
-void polar_norms_get(const polar_norms *s, const uint8_t *row, const uint8_t *side, float *r);
+
+/* Rows of angles, level by level, and radii, in three arrays of a page. */
+enum { POLAR_LEVELS = 9 };
+typedef struct polar_form {
+    polar_norms  norms;
+    polar_field  field[POLAR_LEVELS];
+    const float *table[POLAR_LEVELS];         /* directions of a level's indices */
+    int          levels, angle_bytes, at[POLAR_LEVELS];   /* at: where a level starts in a row of angles */
+    size_t       norm_at, side_at;
+} polar_form;
+
+/* One text (polar_level.h) at each SIMD level; all levels give the same bits. */
+typedef struct polar_level {
+    /* n pairs (y[2i], y[2i+1]) -> radius and index = round(angle base / 2 pi) mod base */
+    void (*split)(const float *y, int n, int base, float *r, int32_t *index);
+    void (*scale_row)(const float *x, const float *sign /* or NULL */, float by, float *out, int n);   /* out = x * (sign * by) */
+    void (*log2)(float *x, int n);            /* in place; x > 0; within 2e-7 of the value plus 1e-7 */
+    void (*exp2)(float *x, int n);            /* below -126: 0; at most 2^127 */
+    void (*steps)(const float *x, int n, float lo, float per, int top, int32_t *code);   /* clamp(rint((x - lo) * per), 0, top) */
+    void (*signs)(const uint8_t *bits, int n, float x, float *out);   /* bit i: x, else -x */
+    void (*unpack)(const polar_field *f, const uint8_t *src, int32_t *index);
+    void (*levels)(const float *table, const int32_t *index, int n, float by, float *out);            /* by * table[index] */
+    /* out[2i] = r[i] * table[2 index[i]], out[2i+1] = r[i] * table[2 index[i] + 1]; size: directions of the table; out may not be r */
+    void (*expand)(const float *r, const int32_t *index, const float *table, int size, int n, float *out);
+    /* Rows tok0.. of a page, ld floats apart; a row is written past its end, into the next one or the padding. */
+    void (*rows)(const polar_form *f, const uint8_t *page, int tok0, int n, float *out, int ld);
+} polar_level;
+const polar_level *polar_at_level(void);
+
+/* Attention on rows of `dim` floats in the codec's space, which `rows` decodes to: what dot and accumulate end in. */
+typedef void (*polar_rows_fn)(const kv_codec *c, const uint8_t *page, int tok0, int n, float *out, int ld);
+void polar_dot_rows(const kv_codec *c, polar_rows_fn rows, int dim, const uint8_t *page, int n_tokens, const void *prepared, int n_q, float *scores, int64_t ld);
+void polar_accumulate_rows(const kv_codec *c, polar_rows_fn rows, int dim, const uint8_t *page, int n_tokens, const float *p, int64_t ld, int n_q, float *acc);
+
+/* 2^-e of what brings the largest |x| to 0.5..1, or e = 0 when squares are safe as they are. */
+int  polar_exponent(const float *x, int n);
+static inline uint16_t polar_f16(float x) { return kv_f32_to_f16(x > 65504 ? 65504 : x < -65504 ? -65504 : x); }
 #endif

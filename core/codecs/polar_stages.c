@@ -234,25 +234,6 @@ void polar_norms_put(const polar_norms *s, float *r, int e, uint8_t *row, uint8_
     else for (int i = 0; i < n; i++) kv_store_u16(row + 2 * i, polar_f16(r[i]));
 }
 
-void polar_norms_get(const polar_norms *s, const uint8_t *row, const uint8_t *side, float *r)
-{
-    const polar_level *l = polar_at_level();
-    const int n = s->count;
-    int32_t code[POLAR_ROW];
-    if (s->mode == POLAR_F32) memcpy(r, row, (size_t)n * 4);
-    else if (s->mode == POLAR_F16) kv_vec_load(KV_F16, row, r, n);
-    else if (s->mode == POLAR_LLOYD) {
-        const float scale = kv_f16_to_f32(kv_load_u16(side));
-        if (s->bits) l->unpack(&s->field, row, code);
-        else memset(code, 0, (size_t)n * sizeof *code);
-        for (int i = 0; i < n; i++) r[i] = scale * s->table[code[i]];
-    } else {
-        l->unpack(&s->field, row, code);
-        l->line(code, n, kv_f16_to_f32(kv_load_u16(side)), kv_f16_to_f32(kv_load_u16(side + 2)), r);
-        if (s->mode == POLAR_LOG) l->exp2(r, n);
-    }
-}
-
 /* ---- attention: a tile of rows stays in the first cache level */
 
 enum { TILE_FLOATS = 4096, TILE_ROWS = 16, TILE_MAX = TILE_ROWS * 2 * KV_MAX_HEAD_DIM };

@@ -294,6 +294,42 @@ static void test_foreign(void)
     }
 }
 
+/* Every way through polar_level.h: kinds of radii, one and several indices a field, registers filled and not, more than one level.
+ * All SIMD levels give the bits of plain C for a page's rows, and any bytes decode. */
+static void test_paths(void)
+{
+    static const char *const settings[] = { "angles=128,norm=lin,norm_bits=8", "angles=64,norm=log,norm_bits=4", "angles=256,norm=log,norm_bits=7", "angles=32,norm=lloyd,norm_bits=3",
+        "angles=64,norm=lloyd,norm_bits=6", "angles=100,norm=lloyd,norm_bits=0", "angles=4096,norm=f16", "angles=127,norm=f32", "angles=100,norm=lin,norm_bits=5", "angles=3,norm=f16",
+        "levels=4,angles=16,upper=4,norm=f16", "levels=3,angles=100,upper=8,norm=lin,norm_bits=5", "levels=2,angles=33,upper=48,norm=log,norm_bits=3", "levels=4,angles=8,upper=13,norm=f32" };
+    static const int dims[] = { 32, 48, 64, 80, 112, 128, 512 };
+    for (unsigned i = 0; i < sizeof settings / sizeof *settings; i++)
+        for (unsigned k = 0; k < sizeof dims / sizeof *dims; k++) {
+            const int d = dims[k], n = 11;
+            kv_codec *c;
+            if (kv_codec_new(&c, "polar", settings[i], d, 24, (int)(i % 2)) < 0) { CHECK(strstr(kv_last_error(), "multiple of"), "%s", kv_last_error()); continue; }
+            float *x = kv_alloc((size_t)(24 * d) * 4), *y = kv_alloc((size_t)(n * d) * 4), *z = kv_alloc((size_t)(n * d) * 4);
+            uint8_t *page = kv_zalloc(c->page_bytes), *noise = kv_alloc(c->page_bytes);
+            kv_rng_normal(77, (int)i, (double)d, 24 * d, x);
+            c->ops->encode(c, page, 0, 24, x, d);
+            for (size_t b = 0; b + 4 <= c->page_bytes; b += 4) {
+                uint32_t r[4];
+                kv_rng_u32(78, i, k, (uint32_t)b, r);
+                memcpy(noise + b, r, 4);
+            }
+            for (int level = 0; level <= kv_cpu_simd_max(); level++) {
+                if (kv_cpu_limit(level) != level) continue;
+                memset(z, 0xff, (size_t)(n * d) * 4);
+                c->ops->decode(c, page, 24 - n, n, z, d);
+                if (level == 0) memcpy(y, z, (size_t)(n * d) * 4);
+                CHECK(memcmp(y, z, (size_t)(n * d) * 4) == 0, "polar %s d=%d simd=%d: other values than plain C", settings[i], d, level);
+                c->ops->decode(c, noise, 24 - n, n, z, d);
+            }
+            kv_cpu_limit(kv_cpu_simd_max());
+            kv_free(x); kv_free(y); kv_free(z); kv_free(page); kv_free(noise);
+            kv_codec_free(c);
+        }
+}
+
 int main(void)
 {
     printf("seeds 21, 23, 31, 41; simd up to %d\n", kv_cpu_simd_max());
@@ -306,5 +342,6 @@ int main(void)
     test_modes();
     test_fused();
     test_foreign();
+    test_paths();
     return check_end();
 }
