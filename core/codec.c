@@ -427,3 +427,34 @@ void kv_tile_accumulate(const kv_codec *c, const uint8_t *page, int n_tokens, co
     c->ops->decode(c, page, 0, n_tokens, scratch, c->head_dim);
     kv_rows_accumulate(KV_F32, scratch, c->head_dim, n_tokens, c->head_dim, p, ld, n_q, acc, c->head_dim);
 }
+
+enum { DECODED_FLOATS = 8192 };                        /* 32 KB: of a first cache level of 32 to 48 */
+
+/* Whole granules, or a codec of groups along tokens would decode them again and again. */
+static int decoded_step(const kv_codec *c)
+{
+    const int step = kv_min(DECODED_FLOATS / c->head_dim, c->page_tokens);
+    return step > c->granule ? step / c->granule * c->granule : step;
+}
+
+void kv_decoded_dot(const kv_codec *c, const uint8_t *page, int n_tokens, const float *q, int64_t q_ld, int n_q, float *scores, int64_t ld)
+{
+    _Alignas(64) float tile[DECODED_FLOATS];
+    const int step = decoded_step(c), dim = c->head_dim;
+    for (int t = 0; t < n_tokens; t += step) {
+        const int n = kv_min(step, n_tokens - t);
+        c->ops->decode(c, page, t, n, tile, dim);
+        kv_rows_dot(KV_F32, tile, dim, n, dim, q, q_ld, n_q, scores + t, ld);
+    }
+}
+
+void kv_decoded_accumulate(const kv_codec *c, const uint8_t *page, int n_tokens, const float *p, int64_t ld, int n_q, float *acc)
+{
+    _Alignas(64) float tile[DECODED_FLOATS];
+    const int step = decoded_step(c), dim = c->head_dim;
+    for (int t = 0; t < n_tokens; t += step) {
+        const int n = kv_min(step, n_tokens - t);
+        c->ops->decode(c, page, t, n, tile, dim);
+        kv_rows_accumulate(KV_F32, tile, dim, n, dim, p + t, ld, n_q, acc, c->space_dim);
+    }
+}

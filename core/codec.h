@@ -83,6 +83,11 @@ static inline int kv_codec_fused(const kv_codec *c) { return c->ops->dot != NULL
 void kv_tile_dot(const kv_codec *c, const uint8_t *page, int n_tokens, const float *q, int64_t q_ld, int n_q, float *scores, int64_t ld, float *scratch);
 void kv_tile_accumulate(const kv_codec *c, const uint8_t *page, int n_tokens, const float *p, int64_t ld, int n_q, float *acc /* [n_q][head_dim] */, float *scratch);
 
+/* dot and accumulate of a codec whose space is that of its rows, by decoding 32 KB at a time: for so many queries that unpacking
+ * the codes anew for every few of them costs more than decoding them once. */
+void kv_decoded_dot(const kv_codec *c, const uint8_t *page, int n_tokens, const float *q, int64_t q_ld, int n_q, float *scores, int64_t ld);
+void kv_decoded_accumulate(const kv_codec *c, const uint8_t *page, int n_tokens, const float *p, int64_t ld, int n_q, float *acc);
+
 /* Attention on rows of dtype KV_F32, KV_F16 or KV_BF16, ld elements apart (rows.c): scores[q*s_ld + t] = <q, row t>;  acc[q*a_ld + i] += sum_t p[q*p_ld + t] row_t[i].
  * SIMD by level, queries share the loads; the order of additions differs between levels, so results agree to rounding. */
 void kv_rows_dot(int dtype, const void *x, int64_t ld, int n_rows, int dim, const float *q, int64_t q_ld, int n_q, float *scores, int64_t s_ld);

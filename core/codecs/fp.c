@@ -257,10 +257,17 @@ static void fp_query(const kv_codec *c, const float *q, int64_t ld, int n_q, voi
     for (int g = 0; g < n_q; g++) memcpy((uint8_t *)prepared + (size_t)g * c->query_bytes, q + g * ld, (size_t)c->head_dim * sizeof(float));
 }
 
+/* Queries from which decoding first is faster: codes are unpacked, and times their groups' scales, for every four of them. */
+enum { MANY_SCALED = 5, MANY = 9 };
+
 static void fp_dot(const kv_codec *c, const uint8_t *page, int n_tokens, const void *prepared, int n_q, float *scores, int64_t ld)
 {
     const fp_state *s = state_of(c);
     tile t;
+    if (n_q >= (s->block != BLOCK_NONE ? MANY_SCALED : MANY)) {
+        kv_decoded_dot(c, page, n_tokens, prepared, (int64_t)(c->query_bytes / sizeof(float)), n_q, scores, ld);
+        return;
+    }
     for (int i = 0; i < n_tokens; i += FP_TILE) {
         load_tile(c, page, i, kv_min(FP_TILE, n_tokens - i), &t);
         fp_rows_dot(&s->rows, t.codes, t.n, s->block != BLOCK_NONE ? t.group : NULL, t.token, prepared, (int64_t)(c->query_bytes / sizeof(float)), n_q, scores + i, ld);
@@ -271,6 +278,10 @@ static void fp_accumulate(const kv_codec *c, const uint8_t *page, int n_tokens, 
 {
     const fp_state *s = state_of(c);
     tile t;
+    if (n_q >= MANY) {
+        kv_decoded_accumulate(c, page, n_tokens, p, ld, n_q, acc);
+        return;
+    }
     for (int i = 0; i < n_tokens; i += FP_TILE) {
         load_tile(c, page, i, kv_min(FP_TILE, n_tokens - i), &t);
         fp_rows_accumulate(&s->rows, t.codes, t.n, s->block != BLOCK_NONE ? t.group : NULL, t.token, p + i, ld, n_q, acc, c->space_dim);

@@ -453,6 +453,9 @@ static void int_query(const kv_codec *c, const float *q, int64_t ld, int n_q, vo
     }
 }
 
+/* Queries from which decoding first is faster: the kernels unpack for every four (fixed point) or multiply widened bytes. */
+static int many(const int_state *s) { return s->interleaved ? INT32_MAX : s->fixed ? 13 : 9; }
+
 /* Along tokens the roles change: a granule's scores are sums over its rows (channels) weighted by the query, and its
  * output channels are dot products of rows with the weights of its tokens. */
 static void int_dot(const kv_codec *c, const uint8_t *page, int n_tokens, const void *prepared, int n_q, float *scores, int64_t ld)
@@ -460,6 +463,10 @@ static void int_dot(const kv_codec *c, const uint8_t *page, int n_tokens, const 
     const int_state *s = state_of(c);
     const int64_t q_ld = (int64_t)(c->query_bytes / sizeof(float));
     const float *q = prepared;
+    if (n_q >= many(s) && !s->fixed) {
+        kv_decoded_dot(c, page, n_tokens, q, q_ld, n_q, scores, ld);
+        return;
+    }
     for (int n; n_q > 0; n_q -= n, q += n * q_ld, scores += n * ld) {
         n = kv_min(n_q, SHARE);
         if (!s->along_tokens) {
@@ -480,6 +487,10 @@ static void int_dot(const kv_codec *c, const uint8_t *page, int n_tokens, const 
 static void int_accumulate(const kv_codec *c, const uint8_t *page, int n_tokens, const float *p, int64_t ld, int n_q, float *acc)
 {
     const int_state *s = state_of(c);
+    if (n_q >= many(s)) {
+        kv_decoded_accumulate(c, page, n_tokens, p, ld, n_q, acc);
+        return;
+    }
     for (int n; n_q > 0; n_q -= n, p += n * ld, acc += n * c->space_dim) {
         n = kv_min(n_q, SHARE);
         if (!s->along_tokens) {

@@ -369,12 +369,19 @@ static void nuq_query(const kv_codec *c, const float *q, int64_t ld, int n_q, vo
     }
 }
 
+/* Queries from which decoding first is faster: codes are unpacked for every four of them, outliers put right for each. */
+static int many(const nuq_state *s) { return s->cap ? 9 : 17; }
+
 static void nuq_dot(const kv_codec *c, const uint8_t *page, int n_tokens, const void *prepared, int n_q, float *scores, int64_t ld)
 {
     const nuq_state *s = state_of(c);
     const int64_t q_ld = (int64_t)(c->query_bytes / sizeof(float)), q_at = (int64_t)(kv_round_up((size_t)c->head_dim * sizeof(float), 64) / sizeof(float)) + 16;
     const float *q = prepared;
     float one[FP_TILE];
+    if (n_q >= many(s)) {
+        kv_decoded_dot(c, page, n_tokens, q + q_at, q_ld, n_q, scores, ld);
+        return;
+    }
     for (int j = 0; j < FP_TILE; j++) one[j] = 1;
     for (int t = 0; t < n_tokens; t += FP_TILE)
         fp_rows_dot(&s->rows, page + (size_t)t * s->rows.row_bytes, kv_min(FP_TILE, n_tokens - t), NULL, one, q + 16, q_ld, n_q, scores + t, ld);
@@ -394,6 +401,10 @@ static void nuq_accumulate(const kv_codec *c, const uint8_t *page, int n_tokens,
     const nuq_state *s = state_of(c);
     const int d = c->head_dim;
     float zero[KV_MAX_PAGE], scale[KV_MAX_PAGE];
+    if (n_q >= many(s)) {
+        kv_decoded_accumulate(c, page, n_tokens, p, ld, n_q, acc);
+        return;
+    }
     token_scales(c, page, 0, n_tokens, zero, scale);
     fp_rows_accumulate(&s->rows, page, n_tokens, NULL, scale, p, ld, n_q, acc, d);
     for (int g = 0; g < n_q; g++) {

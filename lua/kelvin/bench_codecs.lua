@@ -15,6 +15,7 @@ local manifest = require "kelvin.manifest"
 local M = {}
 
 local HEADS, ELEMENTS = 4, 2 ^ 20      -- of source, 4 MB: more than a second-level cache holds
+local NOISE = .03            -- a difference that says nothing
 local SAMPLE = 2e-3          -- seconds that one timing lasts at least: calls are repeated to fill it
 
 --- Median seconds of one call of each operation.
@@ -65,7 +66,8 @@ local function row_of(d, name, family, fused, seconds, k_bytes, v_bytes)
   if seconds.dot_decoded then
     row.dot_gain, row.accumulate_gain = seconds.dot_decoded / seconds.dot, seconds.accumulate_decoded / seconds.accumulate
     row.attention_gain = (seconds.dot_decoded + seconds.accumulate_decoded) / (seconds.dot + seconds.accumulate)
-    row.faster = not fused and "no codes" or row.dot_gain < 1 and "decoding (dot)" or row.accumulate_gain < 1 and "decoding (acc)" or "codes"
+    local function loses(gain) return gain < 1 - NOISE end
+    row.faster = not fused and "no codes" or loses(row.dot_gain) and "decoding (dot)" or loses(row.accumulate_gain) and "decoding (acc)" or "codes"
   end
   return row
 end
