@@ -1,11 +1,12 @@
 /* artifact.c -- a calibration as a file: numbers with digests, never code.
  *
- *     0  "KVCALIB" 0 | version u32 | layers, K/V heads, query heads, head_dim, rows, blocks, notes, chunks, context, skip u32 | 0 u32
+ *     0  "KVCALIB" 0 | version u32 | layers, K/V heads, query heads, head_dim, rows, blocks, notes, chunks, context, skip, left out u32
  *    56  positions f64 | payload bytes u64
  *    72  SHA-256 of: model (fingerprint) | RoPE | tokens | payload                                        32 bytes each
  *   200  zeros, 24 bytes
  *   224  SHA-256 of bytes 0 .. 223
  *   256  payload, without gaps; slot = layer * heads + head, D = head_dim, kinds k, k_pre, v, q, q_pre:
+ *        (left out: 1, then q and q_pre are not there; 2, then rows is 0; 3, both)
  *        sum of (x-s)_i (x-s)_j, j <= i      f64  [kind][slot][D (D+1) / 2]
  *        sum of x-s                          f64  [kind][slot][D]
  *        hashes of the text's token runs     u64  [blocks]
@@ -30,7 +31,7 @@ static const char magic[8] = "KVCALIB";
 
 typedef struct header {
     char     magic[8];
-    uint32_t version, n_layers, n_kv_heads, n_heads, head_dim, n_sample, n_block, n_notes, n_chunks, context, skip, zero;
+    uint32_t version, n_layers, n_kv_heads, n_heads, head_dim, n_sample, n_block, n_notes, n_chunks, context, skip, without;
     double   count;
     uint64_t n_payload;
     uint8_t  model[32], rope[32], tokens[32], payload[32], zeros[24], check[32];
@@ -193,11 +194,13 @@ int kv_calib_get_info(const kv_calib *c, kv_calib_info *out)
 {
     RETURN_ERROR_IF(!c || !out, KV_E_ARG, "kv_calib_get_info: NULL argument");
     *out = (kv_calib_info){ .model = c->model_sha, .rope = c->rope_sha, .tokens = c->tokens_sha, .notes = c->notes ? c->notes : "", .count = c->count,
-        .n_tokens = c->count + (double)c->n_chunks * c->skip, .n_chunks = c->n_chunks, .context = c->context, .skip = c->skip, .n_sample = c->n_sample };
+        .n_tokens = c->count + (double)c->n_chunks * c->skip, .n_chunks = c->n_chunks, .context = c->context, .skip = c->skip, .n_sample = c->n_sample, .without = c->without };
     return KV_OK;
 }
 
 /* ---- the file */
+
+static int kinds_of(uint32_t without) { return without & KV_CALIB_NO_QUERIES ? KV_CALIB_Q : KV_CALIB_KINDS; }
 
 /* Every region of the payload in its order; copy says where to. */
 typedef void (*region_fn)(uint8_t **at, void *data, size_t n);
@@ -207,10 +210,11 @@ static void region_in(uint8_t **at, void *data, size_t n) { if (n) memcpy(data, 
 static void regions(const kv_calib *c, uint8_t *at, size_t n_notes, region_fn f)
 {
     const size_t slots = (size_t)c->n_slots, d = (size_t)c->m->info.head_dim, rows = (size_t)c->n_sample;
-    for (int k = 0; k < KV_CALIB_KINDS; k++) f(&at, c->product[k], slots * kv_calib_triangle(c) * sizeof(double));
-    for (int k = 0; k < KV_CALIB_KINDS; k++) f(&at, c->sum[k], slots * d * sizeof(double));
+    const int kinds = kinds_of((uint32_t)c->without);
+    for (int k = 0; k < kinds; k++) f(&at, c->product[k], slots * kv_calib_triangle(c) * sizeof(double));
+    for (int k = 0; k < kinds; k++) f(&at, c->sum[k], slots * d * sizeof(double));
     f(&at, c->block, (size_t)c->n_block * sizeof(uint64_t));
-    for (int k = 0; k < KV_CALIB_KINDS; k++) f(&at, c->shift[k], slots * d * sizeof(float));
+    for (int k = 0; k < kinds; k++) f(&at, c->shift[k], slots * d * sizeof(float));
     f(&at, c->position, rows * sizeof(int32_t));
     for (int i = 0; i < 2; i++)
         for (size_t s = 0; s < slots; s++) f(&at, c->sample[i] + s * (size_t)c->max_sample * d, rows * d * sizeof(uint16_t));
@@ -218,10 +222,10 @@ static void regions(const kv_calib *c, uint8_t *at, size_t n_notes, region_fn f)
 }
 
 /* No overflow: slots and D come from a model in memory, the counts have bounds. */
-static uint64_t payload_bytes(const kv_model *m, uint64_t n_sample, uint64_t n_block, uint64_t n_notes)
+static uint64_t payload_bytes(const kv_model *m, uint64_t n_sample, uint64_t n_block, uint64_t n_notes, uint32_t without)
 {
     const uint64_t slots = (uint64_t)m->info.n_layers * (uint64_t)m->info.n_kv_heads, d = (uint64_t)m->info.head_dim;
-    return KV_CALIB_KINDS * slots * (4 * d * (d + 1) + 12 * d) + 8 * n_block + 4 * n_sample + 4 * slots * n_sample * d + n_notes;
+    return (uint64_t)kinds_of(without) * slots * (4 * d * (d + 1) + 12 * d) + 8 * n_block + 4 * n_sample + 4 * slots * n_sample * d + n_notes;
 }
 
 int kv_calib_write(const kv_calib *c, uint8_t **image, size_t *n_bytes)
@@ -229,12 +233,12 @@ int kv_calib_write(const kv_calib *c, uint8_t **image, size_t *n_bytes)
     RETURN_ERROR_IF(!c || !image || !n_bytes, KV_E_ARG, "kv_calib_write: NULL argument");
     RETURN_ERROR_IF(c->work || c->broken || c->count == 0, KV_E_UNCALIBRATED, "calibration: %s", c->work || c->broken ? "a chunk is not finished" : "no text was seen");
     const kv_model_info *m = &c->m->info;
-    const size_t n_notes = c->notes ? strlen(c->notes) : 0, n_payload = (size_t)payload_bytes(c->m, (uint64_t)c->n_sample, (uint64_t)c->n_block, n_notes);
+    const size_t n_notes = c->notes ? strlen(c->notes) : 0, n_payload = (size_t)payload_bytes(c->m, (uint64_t)c->n_sample, (uint64_t)c->n_block, n_notes, (uint32_t)c->without);
     uint8_t *to = kv_alloc(HEADER + n_payload);
     if (!to) return KV_E_NOMEM;
     header h = { .version = VERSION, .n_layers = (uint32_t)m->n_layers, .n_kv_heads = (uint32_t)m->n_kv_heads, .n_heads = (uint32_t)m->n_heads, .head_dim = (uint32_t)m->head_dim,
         .n_sample = (uint32_t)c->n_sample, .n_block = (uint32_t)c->n_block, .n_notes = (uint32_t)n_notes, .n_chunks = (uint32_t)c->n_chunks, .context = (uint32_t)c->context,
-        .skip = (uint32_t)c->skip, .count = c->count, .n_payload = n_payload };
+        .skip = (uint32_t)c->skip, .without = (uint32_t)c->without, .count = c->count, .n_payload = n_payload };
     memcpy(h.magic, magic, sizeof magic);
     to_raw(c->model_sha, h.model);
     to_raw(c->rope_sha, h.rope);
@@ -293,10 +297,11 @@ static int check_header(const header *h, const kv_model *model, size_t n, const 
     RETURN_ERROR_IF(strcmp(other, model_sha) != 0, KV_E_ARG, "artifact '%s': made for model %.16s, this model is %.16s: calibrate again", what, other, model_sha);
     to_hex(h->rope, other);
     RETURN_ERROR_IF(strcmp(other, rope_sha) != 0, KV_E_ARG, "artifact '%s': made for RoPE %.16s, this model has %.16s: calibrate again", what, other, rope_sha);
-    RETURN_ERROR_IF(h->n_sample < 1 || h->n_sample > MAX_SAMPLE || h->n_block > MAX_BLOCKS || h->n_notes > KV_CALIB_NOTES || h->n_chunks < 1 || h->n_chunks > 1 << 30 ||
-        h->context < 1 || h->context > 1 << 14 || h->skip >= h->context || h->zero, KV_E_CORRUPT, "artifact '%s': a count is out of its range", what);
+    RETURN_ERROR_IF(h->without > (KV_CALIB_NO_QUERIES | KV_CALIB_NO_ROWS), KV_E_UNSUPPORTED, "artifact '%s': leaves out %u, this build knows 0 to 3", what, h->without);
+    RETURN_ERROR_IF((h->n_sample < 1) != !!(h->without & KV_CALIB_NO_ROWS) || h->n_sample > MAX_SAMPLE || h->n_block > MAX_BLOCKS || h->n_notes > KV_CALIB_NOTES || h->n_chunks < 1 || h->n_chunks > 1 << 30 ||
+        h->context < 1 || h->context > 1 << 14 || h->skip >= h->context, KV_E_CORRUPT, "artifact '%s': a count is out of its range", what);
     RETURN_ERROR_IF(!(h->count >= h->n_sample && h->count <= 0x1p53) || h->count != floor(h->count), KV_E_CORRUPT, "artifact '%s': %g positions behind %u rows", what, h->count, h->n_sample);
-    const uint64_t want = payload_bytes(model, h->n_sample, h->n_block, h->n_notes);
+    const uint64_t want = payload_bytes(model, h->n_sample, h->n_block, h->n_notes, h->without);
     RETURN_ERROR_IF(h->n_payload != want || n - HEADER != want, KV_E_CORRUPT, "artifact '%s': %zu bytes of payload, its header makes %llu", what, n - HEADER, (unsigned long long)want);
     return KV_OK;
 }
@@ -314,12 +319,13 @@ int kv_calib_parse(kv_calib **out, kv_model *m, const uint8_t *data, size_t n, c
     FORWARD_IF_ERROR(check_header(&h, m, n, what));
     sha_raw(data + HEADER, n - HEADER, digest);
     FAIL_IF(memcmp(digest, h.payload, 32) != 0, KV_E_CORRUPT, "artifact '%s': the payload's checksum does not fit", what);
-    FAIL_IF_ERROR(kv_calib_alloc(&c, m, (int)h.n_sample));
+    FAIL_IF_ERROR(kv_calib_alloc(&c, m, kv_max(1, (int)h.n_sample)));
     c->n_sample = (int)h.n_sample;
     c->n_block = c->cap_block = (int)h.n_block;
     c->n_chunks = (int)h.n_chunks;
     c->context = (int)h.context;
     c->skip = (int)h.skip;
+    c->without = (int)h.without;
     c->count = h.count;
     to_hex(h.tokens, c->tokens_sha);
     if (h.n_block && !(c->block = kv_alloc_array(h.n_block, sizeof *c->block, false))) { status = KV_E_NOMEM; goto fail; }

@@ -43,6 +43,7 @@ static void add_slot(void *ctx, int task, int thread)
     const int heads = info->n_kv_heads, kind = task / heads, head = task % heads, d = info->head_dim;
     const int query = kind == KV_CALIB_Q || kind == KV_CALIB_Q_PRE, group = query ? info->n_heads / heads : 1, n = w->n - w->skip;
     const size_t slot = (size_t)w->layer * heads + head, ld = (size_t)d * heads * group;
+    if (query && (c->without & KV_CALIB_NO_QUERIES)) return;
     const float *x = w->rows[kind] + w->skip * ld + (size_t)head * group * d;
     float *shift = c->shift[kind] + slot * (size_t)d;
     for (int i = 0; w->first && i < d; i++) {
@@ -54,7 +55,7 @@ static void add_slot(void *ctx, int task, int thread)
     float *scratch = w->scratch + (size_t)thread * ((size_t)d * BLOCK + (size_t)d * d);
     for (int g = 0; g < group; g++)
         for (int t = 0; t < n; t += BLOCK) add_block(c, kind, slot, x + t * ld + (size_t)g * d, ld, kv_min(BLOCK, n - t), scratch);
-    if (kind != KV_CALIB_K_PRE && kind != KV_CALIB_V) return;
+    if ((kind != KV_CALIB_K_PRE && kind != KV_CALIB_V) || (c->without & KV_CALIB_NO_ROWS)) return;
     uint16_t *sample = c->sample[kind == KV_CALIB_V] + slot * (size_t)c->max_sample * d;
     for (int t = 0; t < n; t++) {
         if (w->keep[w->skip + t] < 0) continue;
@@ -108,6 +109,15 @@ int kv_calib_new(kv_calib **out, kv_model *m, int n_sample)
     *out = NULL;
     RETURN_ERROR_IF(n_sample < 0 || n_sample > 1 << 20, KV_E_ARG, "calibration: a sample of %d rows is outside 0..%d", n_sample, 1 << 20);
     return kv_calib_alloc(out, m, n_sample ? n_sample : KV_CALIB_SAMPLE);
+}
+
+int kv_calib_leave_out(kv_calib *c, int what)
+{
+    RETURN_ERROR_IF(!c, KV_E_ARG, "kv_calib_leave_out: NULL argument");
+    RETURN_ERROR_IF(what & ~(KV_CALIB_NO_QUERIES | KV_CALIB_NO_ROWS), KV_E_ARG, "calibration: %d is no sum of 1 (queries) and 2 (rows)", what);
+    RETURN_ERROR_IF(c->count > 0, KV_E_ARG, "calibration: what is left out is said before the first chunk");
+    c->without = what;
+    return KV_OK;
 }
 
 static void end_chunk(kv_calib *c)
@@ -172,7 +182,7 @@ int kv_calib_begin(kv_calib *c, const int32_t *tokens, int n, int skip)
     kv_forward_tap(w->f, on_tap, c);
     FAIL_IF_ERROR(kv_forward_begin(w->f, &w->cache, tokens, n));
     for (int t = 0; t < n; t++) {
-        w->keep[t] = t < skip ? -1 : choose(c, c->count + t - skip);
+        w->keep[t] = t < skip || (c->without & KV_CALIB_NO_ROWS) ? -1 : choose(c, c->count + t - skip);
         if (w->keep[t] >= 0) c->position[w->keep[t]] = t;
     }
     c->count += n - skip;
@@ -212,6 +222,7 @@ int kv_calib_raw(const kv_calib *c, int kind, int layer, int head, double *n, do
 {
     FORWARD_IF_ERROR(check(c, layer, head, mean));
     RETURN_ERROR_IF(kind < 0 || kind >= KV_CALIB_KINDS, KV_E_ARG, "calibration: kind=%d is outside 0..%d", kind, KV_CALIB_KINDS - 1);
+    RETURN_ERROR_IF(kind >= KV_CALIB_Q && (c->without & KV_CALIB_NO_QUERIES), KV_E_UNCALIBRATED, "calibration: queries were left out of this one");
     const int d = c->m->info.head_dim;
     const size_t slot = (size_t)layer * (size_t)c->m->info.n_kv_heads + (size_t)head;
     const float *shift = c->shift[kind] + slot * (size_t)d;
@@ -232,6 +243,7 @@ int kv_calib_rows(const kv_calib *c, int kind, int layer, int head, float *dst)
 {
     FORWARD_IF_ERROR(check(c, layer, head, dst));
     RETURN_ERROR_IF(kind != KV_CALIB_K_PRE && kind != KV_CALIB_V, KV_E_ARG, "calibration: rows of kind %d are not kept (kept: 1, k_pre; 2, v)", kind);
+    RETURN_ERROR_IF(c->without & KV_CALIB_NO_ROWS, KV_E_UNCALIBRATED, "calibration: rows were left out of this one");
     const size_t d = (size_t)c->m->info.head_dim, slot = (size_t)layer * (size_t)c->m->info.n_kv_heads + (size_t)head;
     const float *shift = c->shift[kind] + slot * d;
     const uint16_t *from = c->sample[kind == KV_CALIB_V] + slot * (size_t)c->max_sample * d;

@@ -21,11 +21,11 @@ struct kv_moments {
     int             layer, head, side, head_dim;
     int             page_tokens;           /* > 0: keys are page-relative over pages of so many tokens; else 0 */
     const kv_rope  *rope;                  /* of the layer; NULL on values and for rows alone */
-    double          n, n_query;            /* rows and queries behind the figures; n_query 0: none were given */
+    double          n, n_query;            /* rows and queries behind the figures; n_query 0: none were given, or they were left out */
     const double   *mean, *second;         /* [D], [D][D]: E x, E x x^T (with the mean's share: covariance is second - mean mean^T) */
     const double   *query;                 /* [D][D]: E q q^T over the query heads of the group; I where none were given; NULL on values */
     const double   *mean_pre, *second_pre, *query_pre;
-    int             n_sample;              /* rows kept, at least 1: the same tokens in every layer, head and side */
+    int             n_sample;              /* rows kept: the same tokens in every layer, head and side; 0: they were left out, refuse if you need them */
     const float    *sample, *sample_pre;   /* [n_sample][D] */
     const int32_t  *position;              /* [n_sample] of their tokens in their chunks */
 };
@@ -35,6 +35,8 @@ int  kv_moments_new(kv_moments **out, const kv_calib *c, int layer, int head, in
 /* Of rows alone: x [n][D] and q [n_q][D] (or NULL, 0) are in the slot's frame already.  Up to 1024 rows, evenly spaced, are the sample. */
 int  kv_moments_of_rows(kv_moments **out, int head_dim, int side, const float *x, int64_t n, const float *q, int64_t n_q);
 void kv_moments_free(kv_moments *m);
+/* For codecs that are made from rows: an error where the calibration left them out. */
+int  kv_moments_need_rows(const kv_moments *m, const char *family);
 /* Channel d of the sample in ascending order, n_sample floats. */
 void kv_moments_sorted(const kv_moments *m, int d, float *out);
 
@@ -45,7 +47,7 @@ typedef struct kv_calib_work kv_calib_work;
 struct kv_calib {
     kv_model      *m;
     double         count;                      /* positions seen; queries: times the group */
-    int            n_slots, broken;            /* broken: a chunk failed halfway */
+    int            n_slots, broken, without;   /* broken: a chunk failed halfway; without: KV_CALIB_NO_... */
     float         *shift[KV_CALIB_KINDS];      /* [slot][D]: mean of the first chunk's rows */
     double        *sum[KV_CALIB_KINDS];        /* [slot][D]: of x - shift */
     double        *product[KV_CALIB_KINDS];    /* [slot][D(D+1)/2]: of (x - shift)_i (x - shift)_k, k <= i */

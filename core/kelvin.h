@@ -256,6 +256,10 @@ int  kv_sample(const float *logits, int n, const kv_sampler_params *p, double co
 typedef struct kv_calib kv_calib;
 enum { KV_CALIB_K = 0, KV_CALIB_K_PRE = 1, KV_CALIB_V = 2, KV_CALIB_Q = 3, KV_CALIB_Q_PRE = 4 };  /* q: over the query heads of a K/V head */
 int  kv_calib_new(kv_calib **out, kv_model *m, int n_sample);              /* rows kept of each slot; 0: 1024 */
+/* Before the first chunk: what is not collected.  Codecs that weigh by queries then weigh all channels alike; those that are made
+ * from rows refuse. */
+enum { KV_CALIB_NO_QUERIES = 1, KV_CALIB_NO_ROWS = 2 };
+int  kv_calib_leave_out(kv_calib *c, int what);
 int  kv_calib_begin(kv_calib *c, const int32_t *tokens, int n, int skip);   /* one chunk, exact cache; first skip positions left out */
 int  kv_calib_step(kv_calib *c, int *more);                                 /* one layer at a time */
 int  kv_calib_mean(const kv_calib *c, int what, int layer, int head, float *mean);           /* [head_dim] */
@@ -268,7 +272,7 @@ int  kv_calib_rows(const kv_calib *c, int what, int layer, int head, float *rows
 typedef struct kv_calib_info {
     const char *model, *rope, *tokens, *notes;                              /* digests as hex; notes: JSON text or "" */
     double      count, n_tokens;                                            /* positions collected; tokens of the chunks */
-    int         n_chunks, context, skip, n_sample;
+    int         n_chunks, context, skip, n_sample, without;                 /* without: of kv_calib_leave_out */
 } kv_calib_info;
 int  kv_calib_get_info(const kv_calib *c, kv_calib_info *out);
 int  kv_calib_digest(const kv_calib *c, char *hex65);                       /* of all that was collected */

@@ -38,7 +38,7 @@ static const kv_layout_entry layout[] = {
     STRUCT(kv_pairs) FIELD(kv_pairs, compressed) FIELD(kv_pairs, total) FIELD(kv_pairs, tokens_compressed)
     STRUCT(kv_calib_info) FIELD(kv_calib_info, model) FIELD(kv_calib_info, rope) FIELD(kv_calib_info, tokens) FIELD(kv_calib_info, notes)
         FIELD(kv_calib_info, count) FIELD(kv_calib_info, n_tokens) FIELD(kv_calib_info, n_chunks) FIELD(kv_calib_info, context)
-        FIELD(kv_calib_info, skip) FIELD(kv_calib_info, n_sample)
+        FIELD(kv_calib_info, skip) FIELD(kv_calib_info, n_sample) FIELD(kv_calib_info, without)
     STRUCT(kv_kvtc_options) FIELD(kv_kvtc_options, ratio_k) FIELD(kv_kvtc_options, ratio_v) FIELD(kv_kvtc_options, seed)
         FIELD(kv_kvtc_options, layers) FIELD(kv_kvtc_options, heads) FIELD(kv_kvtc_options, rank) FIELD(kv_kvtc_options, rows)
         FIELD(kv_kvtc_options, keep_rope) FIELD(kv_kvtc_options, randomized) FIELD(kv_kvtc_options, types) FIELD(kv_kvtc_options, bits)

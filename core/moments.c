@@ -75,6 +75,12 @@ static kv_moments *alloc_moments(int dim, int n_sample, bool query)
 
 void kv_moments_free(kv_moments *m) { kv_free(m); }
 
+int kv_moments_need_rows(const kv_moments *m, const char *family)
+{
+    RETURN_ERROR_IF(m->n_sample < 1, KV_E_UNCALIBRATED, "codec '%s' is made from rows, which this calibration left out (what = moments,rows,queries keeps them)", family);
+    return KV_OK;
+}
+
 static double *rw(const double *p) { return (double *)p; }       /* the arrays are ours to fill until the object is handed out */
 
 /* Rows x - r: E x loses r, E x x^T becomes E x x^T - m r^T - r m^T + r r^T. */
@@ -107,19 +113,21 @@ int kv_moments_new(kv_moments **out, const kv_calib *c, int layer, int head, int
     m->page_tokens = keys ? page_tokens : 0;
     const size_t square = (size_t)d * (size_t)d * sizeof(double), rows = (size_t)n_sample * (size_t)d * sizeof(float);
     FAIL_IF_ERROR(kv_calib_raw(c, keys ? KV_CALIB_K_PRE : KV_CALIB_V, layer, head, &m->n, rw(m->mean_pre), rw(m->second_pre)));
-    FAIL_IF_ERROR(kv_calib_rows(c, keys ? KV_CALIB_K_PRE : KV_CALIB_V, layer, head, (float *)m->sample_pre));
+    const bool queries = keys && !(c->without & KV_CALIB_NO_QUERIES);
+    for (int i = 0; keys && !queries && i < d; i++) rw(m->query)[(size_t)i * (size_t)d + (size_t)i] = rw(m->query_pre)[(size_t)i * (size_t)d + (size_t)i] = 1;
+    if (n_sample) FAIL_IF_ERROR(kv_calib_rows(c, keys ? KV_CALIB_K_PRE : KV_CALIB_V, layer, head, (float *)m->sample_pre));
     memcpy((int32_t *)m->position, c->position, (size_t)n_sample * sizeof(int32_t));
     memcpy((float *)m->sample, m->sample_pre, rows);
     if (keys) m->rope = &c->m->geo.rope[layer];
     if (keys && !page_tokens) {
-        FAIL_IF_ERROR(kv_calib_raw(c, KV_CALIB_Q, layer, head, &m->n_query, rw(m->mean), rw(m->query)));
+        if (queries) FAIL_IF_ERROR(kv_calib_raw(c, KV_CALIB_Q, layer, head, &m->n_query, rw(m->mean), rw(m->query)));
         FAIL_IF_ERROR(kv_calib_raw(c, KV_CALIB_K, layer, head, &m->n, rw(m->mean), rw(m->second)));
         for (int t = 0; t < n_sample; t++) kv_rope_rows(m->rope, (float *)m->sample + (size_t)t * d, d, 1, m->position[t], 0);
     } else {
         memcpy(rw(m->mean), m->mean_pre, (size_t)d * sizeof(double));
         memcpy(rw(m->second), m->second_pre, square);
     }
-    if (keys) {
+    if (queries) {
         double *mean_q = kv_alloc_array((size_t)d, sizeof(double), false);
         if (!mean_q) { status = KV_E_NOMEM; goto fail; }
         status = kv_calib_raw(c, KV_CALIB_Q_PRE, layer, head, &m->n_query, mean_q, rw(m->query_pre));
@@ -127,10 +135,12 @@ int kv_moments_new(kv_moments **out, const kv_calib *c, int layer, int head, int
         if (status < 0) goto fail;
     }
     if (keys && page_tokens) {
-        memcpy(rw(m->query), m->query_pre, square);
+        if (queries) {
+            memcpy(rw(m->query), m->query_pre, square);
+            spread_second(m->rope, page_tokens, d, rw(m->query));
+        }
         spread_mean(m->rope, page_tokens, rw(m->mean));
         spread_second(m->rope, page_tokens, d, rw(m->second));
-        spread_second(m->rope, page_tokens, d, rw(m->query));
         for (int t = 0; t < n_sample; t++) kv_rope_rows(m->rope, (float *)m->sample + (size_t)t * d, d, 1, m->position[t] % page_tokens, 0);
     }
     if (removed) remove_mean(m, removed);

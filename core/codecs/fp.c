@@ -85,6 +85,7 @@ static int fp_calibrate(const kv_codec *c, const kv_moments *m, void **blob, siz
     *blob_bytes = 0;
     FORWARD_IF_ERROR(check(c));
     if (c->value[P_SCALE] != SCALE_HEAD) return KV_OK;
+    FORWARD_IF_ERROR(kv_moments_need_rows(m, c->ops->name));
     const grid *g = &grids[(int)c->value[P_GRID]];
     const int block = (int)c->value[P_BLOCK], spare = g->bits == 8 || block != BLOCK_NONE;
     double amax = 0;

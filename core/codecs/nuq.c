@@ -217,6 +217,7 @@ static int nuq_calibrate(const kv_codec *c, const kv_moments *m, void **out, siz
     nuq_state s = { 0 };
     const int d = c->head_dim, keys = c->side == KV_SIDE_K;
     FORWARD_IF_ERROR(read_params(c, &s));
+    FORWARD_IF_ERROR(kv_moments_need_rows(m, c->ops->name));
     *out_bytes = ((size_t)s.n_levels + (keys ? 2 * (size_t)d : 0)) * sizeof(float);
     float *blob = *out = kv_alloc(*out_bytes), *zero = NULL, *scale = NULL, *inverse = kv_alloc(((size_t)d + (size_t)m->n_sample) * sizeof(float));
     histogram *h = kv_zalloc(sizeof *h);

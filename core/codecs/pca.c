@@ -110,6 +110,7 @@ static int pca_calibrate(const kv_codec *c, const kv_moments *m, void **blob, si
     const int d = c->head_dim;
     const size_t square = (size_t)d * (size_t)d;
     const kvtc_menu menu = menu_of(c);
+    FORWARD_IF_ERROR(kv_moments_need_rows(m, c->ops->name));
     int status = KV_E_NOMEM;
     kvtc_edges *edges = NULL;
     kvtc_plan plan = { 0 };

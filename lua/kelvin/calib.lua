@@ -25,6 +25,9 @@ local function wrap(model, handle, source)
   local self = setmetatable({ _c = handle, model = model }, Calib)
   local i = info(self)
   self.n_tokens, self.chunks, self.context, self.skip, self.n_rows = i.count, i.n_chunks, i.context, i.skip, i.n_sample
+  self.what = { "moments" }
+  if i.without % 4 < 2 then self.what[2] = "rows" end
+  if i.without % 2 < 1 then self.what[#self.what + 1] = "queries" end
   self.sha256 = ffi.string(i.tokens)
   local notes = ffi.string(i.notes)
   notes = notes ~= "" and json.decode(notes, "artifact notes")
@@ -47,6 +50,27 @@ local function load(model, path)
   return self
 end
 
+-- What may be asked for; moments of keys and values (means and covariances, outliers) are always there.
+local collects = { moments = 0, covariances = 0, outliers = 0, queries = 1, rows = 2, quantiles = 2 }
+
+--- What to leave out, from a list or "moments,rows": bits of kv_calib_leave_out.
+local function without(wanted)
+  if wanted == nil then return 0 end
+  if type(wanted) == "string" then
+    local list = {}
+    for word in wanted:gmatch "[^,%s]+" do list[#list + 1] = word end
+    wanted = list
+  end
+  check.that(type(wanted) == "table" and #wanted > 0, "calibrate: what = a list of moments, rows (quantiles), queries is needed")
+  local out = 3
+  for _, word in ipairs(wanted) do
+    local bit = collects[word]
+    check.that(bit, "calibrate: what='%s' is none of moments, covariances, outliers, rows, quantiles, queries", tostring(word))
+    if bit > 0 and out % (2 * bit) >= bit then out = out - bit end
+  end
+  return out
+end
+
 -- Token ids drawn uniformly from the vocabulary.
 local function noise(model, n)
   local ids = {}
@@ -55,7 +79,7 @@ local function noise(model, n)
 end
 
 doc("model:calibrate", [[
-  m:calibrate{ text = | tokens = | weights = true | artifact =, chunks = 8, context = 512, skip = 4, rows = 1024, on_progress = } -> calibration
+  m:calibrate{ text = | tokens = | weights = true | artifact =, what =, chunks = 8, context = 512, skip = 4, rows = 1024, on_progress = } -> calibration
   kv.calibrate of this model; `?calibrate`.]])
 function M.new(model, o)
   local from = {}
@@ -68,6 +92,7 @@ function M.new(model, o)
   local ids = o.tokens or o.text and model:tokenize(o.text, { add_special = false }) or noise(model, chunks * context)
   check.that(#ids >= context, "calibrate: %s has %d tokens, one chunk of context=%d needs as many", o.name or "the text", #ids, context)
   local h = K.handle("kv_calib", C.kv_calib_free, function(out) return C.kv_calib_new(out, model._m, o.rows or 0) end)
+  check(C.kv_calib_leave_out(h, without(o.what)))
   local more, buf = ffi.new "int[1]", ffi.new("int32_t[?]", context)
   chunks = math.min(chunks, math.floor(#ids / context))
   for chunk = 0, chunks - 1 do
@@ -89,13 +114,16 @@ function M.new(model, o)
 end
 
 doc("kv.calibrate", [[
-  kv.calibrate{ model =, text = | tokens = | weights = true | artifact =, chunks = 8, context = 512, skip = 4, rows = 1024, on_progress = } -> calibration
+  kv.calibrate{ model =, text = | tokens = | weights = true | artifact =, what =, chunks = 8, context = 512, skip = 4, rows = 1024, on_progress = } -> calibration
   Runs the first chunks of a text through an exact cache and keeps, of every layer and K/V head: mean and second moment of K
   (as cached and before RoPE), V and the queries that read them, and `rows` tokens' K and V, the same tokens everywhere.  The
-  first `skip` positions of each chunk are left out.  A text shorter than one chunk is an error.  weights: no text at all, the model
+  first `skip` positions of each chunk are left out.  what: "moments" (means, covariances, outliers), "rows" (quantiles,
+  codebooks) and "queries", a list or text; without it all.  Codecs made from rows refuse a calibration without them; those that
+  weigh by queries then weigh all channels alike.  A text shorter than one chunk is an error.  weights: no text at all, the model
   reads tokens drawn uniformly from its vocabulary, so that everything is a function of its weights.  artifact: a saved one.
   Pass it as calib = to kv.policy.resolve, kv.eval and model:session's plans.
   c:save(path)  c:check(arm)  c:stats()  c:mean(side, l, h)  c:second(side, l, h)  c:rows(side, l, h)  c:quantile(side, l, h, shares)
+  c:outliers(side, l, h, times)
   An artifact is numbers with checksums, never code; another model, layout or RoPE is refused with both digests.]])
 function M.calibrate(o)
   check.that(type(o) == "table", "kv.calibrate: a table is needed: kv.calibrate{ model =, text = }")
@@ -129,7 +157,27 @@ function Calib.__index:rms(side, l, h) return read(self, C.kv_calib_rms, side, l
 function Calib.__index:second(side, l, h) return read(self, C.kv_calib_second, side, l, h, { self.model.head_dim, self.model.head_dim }) end
 
 --- c:rows(side, layer, head): the kept rows of "k_pre" or "v", tensor [rows, dim].
-function Calib.__index:rows(side, l, h) return read(self, C.kv_calib_rows, side, l, h, { self.n_rows, self.model.head_dim }) end
+function Calib.__index:rows(side, l, h)
+  check.that(self.n_rows > 0, "calibration: rows were left out of this one")
+  return read(self, C.kv_calib_rows, side, l, h, { self.n_rows, self.model.head_dim })
+end
+
+doc("calibration:outliers", [[
+  c:outliers(side, layer, head [, times = 4]) -> { { channel =, rms =, times = }, ... }
+  Channels whose rms is over `times` the median channel's, largest first; side as for c:mean.]])
+function Calib.__index:outliers(side, l, h, times)
+  times = times or 4
+  check.that(type(times) == "number" and times > 0, "calibration: times=%s is not a number above 0", tostring(times))
+  local rms, sorted, out = self:rms(side, l, h):_data(), {}, {}
+  for d = 0, self.model.head_dim - 1 do sorted[d + 1] = rms[d] end
+  table.sort(sorted)
+  local median = sorted[math.ceil(#sorted / 2)]
+  for d = 0, self.model.head_dim - 1 do
+    if rms[d] > times * median then out[#out + 1] = { channel = d + 1, rms = rms[d], times = rms[d] / median } end
+  end
+  table.sort(out, function(a, b) return a.rms > b.rms end)
+  return out
+end
 
 doc("calibration:quantile", [[
   c:quantile(side, layer, head, shares) -> tensor [#shares, dim]
@@ -164,12 +212,13 @@ end
 --- For manifests.
 function Calib.__index:describe()
   local i = info(self)
-  return { n_tokens = self.n_tokens, chunks = self.chunks, context = self.context, skip = self.skip, rows = self.n_rows, tokens_sha256 = self.sha256, source = self.source,
+  return { n_tokens = self.n_tokens, chunks = self.chunks, context = self.context, skip = self.skip, rows = self.n_rows, what = self.what, tokens_sha256 = self.sha256, source = self.source,
     model_fingerprint = ffi.string(i.model), rope_sha256 = ffi.string(i.rope), sha256 = self:digest() }
 end
 
 function Calib:__tostring()
-  return ("calibration of %s: %d tokens (%d chunks of %d, first %d of each left out), %d rows kept"):format(self.model.name, self.n_tokens, self.chunks, self.context, self.skip, self.n_rows)
+  return ("calibration of %s: %d tokens (%d chunks of %d, first %d of each left out), %d rows kept%s"):format(self.model.name, self.n_tokens, self.chunks, self.context, self.skip, self.n_rows,
+    #self.what < 3 and ("; %s alone"):format(table.concat(self.what, ", ")) or "")
 end
 
 -- ---- the text that is scored must be another, and an oblivious codec must lose --------------------------------------------

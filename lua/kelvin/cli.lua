@@ -171,6 +171,7 @@ local function parser()
   calibrate:option("--context", "Tokens of a chunk."):convert(positive "--context"):default "512":argname "N"
   calibrate:option("--skip", "First positions of each chunk that are left out."):convert(from_zero "--skip"):default "4":argname "N"
   calibrate:option("--rows", "Tokens whose K and V are kept."):convert(positive "--rows"):default "1024":argname "N"
+  calibrate:option("--what", "What to collect, apart by commas: moments, rows (quantiles, codebooks), queries (default: all)."):argname "LIST"
   calibrate:option("--check", "Arm to hold against its data-oblivious twin at the same bits; again for more."):count "*":argname "ARM"
   calibrate:option("--check-chunks", "Held-out chunks."):convert(positive "--check-chunks"):default "4":argname "N"
 
@@ -306,7 +307,7 @@ function commands.calibrate(a)
   local c
   if a.artifact then c = model:calibrate { artifact = a.artifact }
   else
-    c = model:calibrate { text = not a.weights and text or nil, weights = a.weights, context = a.context, chunks = math.ceil(a.tokens / a.context), skip = a.skip, rows = a.rows,
+    c = model:calibrate { text = not a.weights and text or nil, weights = a.weights, context = a.context, chunks = math.ceil(a.tokens / a.context), skip = a.skip, rows = a.rows, what = a.what,
       source = not a.weights and a.text:match "[^/]+$" or nil,
       on_progress = function(i, n) log.progress(i / n, "calibrating") end }
     log.clear()

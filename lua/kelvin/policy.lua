@@ -154,7 +154,7 @@ function M.uniform(o)
 end
 
 -- Policies by name, each a module that makes it.
-local named = { mixedkv = "kelvin.mixedkv", hybrid = "kelvin.hybrid", saved = "kelvin.hybrid" }
+local named = { budgets = "kelvin.budgets", mixedkv = "kelvin.mixedkv", hybrid = "kelvin.hybrid", saved = "kelvin.hybrid" }
 
 --- Names of the policies that have one, sorted.
 function M._named() return sorted_keys(named) end

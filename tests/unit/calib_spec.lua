@@ -52,6 +52,53 @@ describe("a calibration", function()
     assert.is_true(c:stats()[1].k.rms > 0 and c:stats()[1].k.outlier >= 1)
   end)
 
+  it("leaves out what was not asked for, and says so", function()
+    local model = H.kv.model(H.root .. "/tests/golden/tiny/llama.gguf")
+    local ids = {}
+    for i = 1, 130 do ids[i] = 3 + (i * 37 + i * i) % (model.n_vocab - 3) end
+    local function calibrate(what) return model:calibrate { tokens = ids, context = 64, chunks = 2, rows = 50, what = what } end
+    local all, moments, rows = calibrate(), calibrate "moments", calibrate { "covariances", "quantiles" }
+    assert.are.same({ "moments", "rows", "queries" }, all:describe().what)
+    assert.are.same({ "moments" }, moments:describe().what)
+    assert.are.same({ "moments", "rows" }, rows:describe().what)
+    assert.matches("; moments alone$", tostring(moments))
+    assert.are.same(all:second("k", 2, 1):totable(), moments:second("k", 2, 1):totable())
+    assert.are.same(all:rows("v", 2, 1):totable(), rows:rows("v", 2, 1):totable())
+    assert.matches("queries were left out of this one", H.fails(rows.mean, rows, "q", 1, 1))
+    assert.matches("rows were left out of this one", H.fails(moments.rows, moments, "v", 1, 1))
+    assert.matches("what='mean' is none of moments, covariances, outliers, rows, quantiles, queries", H.fails(calibrate, "moments,mean"))
+    local function resolve(arm, c) return kv.policy.resolve(arm, model, { calib = c }) end
+    assert.is_true(resolve("turboquant-4,mean=both,page_rope=k", moments).bits_payload.mean > 4)
+    assert.matches("codec 'nuq' is made from rows, which this calibration left out", H.fails(resolve, "nuq", moments))
+    -- Without queries a calibrated basis is another one; with rows or without it is the same.
+    local path, sizes = H.temporary ".kvcal", {}
+    for i, c in ipairs { all, rows, moments } do
+      c:save(path)
+      local again = kv.calibrate { model = model, artifact = path }
+      assert.are.equal(c:digest(), again:digest())
+      assert.are.same(c:describe(), again:describe())
+      local f = io.open(path)
+      sizes[i] = f:seek "end"
+      f:close()
+    end
+    assert.is_true(sizes[1] > sizes[2] and sizes[2] > sizes[3])
+  end)
+
+  it("lists outlying channels", function()
+    local model = H.kv.model(H.root .. "/tests/golden/tiny/llama.gguf")
+    local ids = {}
+    for i = 1, 64 do ids[i] = 3 + (i * 37 + i * i) % (model.n_vocab - 3) end
+    local c = model:calibrate { tokens = ids, context = 64, chunks = 1, what = "moments" }
+    local all, rms = c:outliers("k", 1, 1, 0.001), c:rms("k", 1, 1):totable()
+    assert.are.equal(model.head_dim, #all)
+    table.sort(rms, function(a, b) return a > b end)
+    for i, o in ipairs(all) do assert.are.equal(rms[i], o.rms) end
+    local few = c:outliers("k", 1, 1, all[3].times)
+    assert.are.equal(2, #few)
+    assert.are.equal(all[1].channel, few[1].channel)
+    assert.matches("times=0 is not a number above 0", H.fails(c.outliers, c, "k", 1, 1, 0))
+  end)
+
   it("is the same after a file, which other models refuse", function()
     local m, c = calibrated()
     if not m then return end

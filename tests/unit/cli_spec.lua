@@ -70,7 +70,7 @@ describe("the program", function()
     assert.are.equal("kelvin: policies: no layer preset fits model 'llama' (2 layers, 4 K/V heads, head_dim 16)\n", (run("policies --model " .. TINY)))
     out, rc = run "policies nosuch"
     assert.are.equal(1, rc)
-    assert.matches("^kelvin: policies: 'nosuch' is neither a policy nor a preset; known: hybrid, mixedkv, saved, [^\n]*\n$", out)
+    assert.matches("^kelvin: policies: 'nosuch' is neither a policy nor a preset; known: budgets, hybrid, mixedkv, saved, [^\n]*\n$", out)
   end)
 
   it("measures policies: a file, a file with parameters, a name with parameters", function()

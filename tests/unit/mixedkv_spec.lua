@@ -58,8 +58,62 @@ describe("kv.policy.mixedkv", function()
     assert.matches("^policy 'mixedkv': no preset fits model 'x' %(6 layers, 3 K/V heads, head_dim 64%); name one of early_boost_mistral_like, mistral", H.fails(resolve, "policy=mixedkv", m))
     assert.matches("preset 'llama' is unknown; known: auto, uniform, early_boost", H.fails(resolve, "policy=mixedkv:preset=llama", m))
     assert.matches("layers='3' ?.*is not ranges", H.fails(resolve, kv.policy.mixedkv { layers = "3-x" }, m):gsub("3%-x", "3"))
-    assert.matches("policy 'mixed' is unknown; known: hybrid, mixedkv, saved", H.fails(resolve, "policy=mixed", m))
+    assert.matches("policy 'mixed' is unknown; known: budgets, hybrid, mixedkv, saved", H.fails(resolve, "policy=mixed", m))
     assert.matches("unknown parameter 'boost'", H.fails(resolve, "policy=mixedkv:boost=3", m))
+  end)
+end)
+
+describe("kv.policy.budgets", function()
+  local budgets = require "kelvin.budgets"
+
+  it("finds eigenvalues", function()
+    -- A rotated diagonal: H diag(1..8) H with a Hadamard matrix has the values 1..8.
+    local n, a = 8, require("ffi").new "double[64]"
+    local function sign(i, j)
+      local bits, s = require("bit").band(i, j), 1
+      while bits > 0 do
+        if bits % 2 == 1 then s = -s end
+        bits = math.floor(bits / 2)
+      end
+      return s
+    end
+    for i = 0, n - 1 do
+      for j = 0, n - 1 do
+        a[i * n + j] = 0
+        for k = 0, n - 1 do a[i * n + j] = a[i * n + j] + sign(i, k) * (k + 1) * sign(k, j) / n end
+      end
+    end
+    local e = budgets.eigenvalues(a, n)
+    table.sort(e)
+    H.close(e, { 1, 2, 3, 4, 5, 6, 7, 8 }, 1e-9)
+  end)
+
+  it("gives layers the bits of the published rules", function()
+    local spectra = { { { 4, 4 } }, { { 1, 1 } }, { { 1, 0 } } }
+    -- variance: means 4, 1, 0.5 over 11/6; base 4, strength 0.5
+    H.close(budgets.rules.variance(spectra, 4, 0.5), { 4 + 24 / 11 - 1, 4 + 6 / 11 - 1, 4 + 3 / 11 - 1 }, 1e-12)
+    -- entropy: ln 2, ln 2, 0 over their mean
+    H.close(budgets.rules.entropy(spectra, 4, 1), { 6, 6, 0 }, 1e-12)
+    -- lagrange: 1/2 log2(value / level): 6 components, level 4^-4.4
+    local b = budgets.rules.lagrange(spectra, 4)
+    H.close(b, { 5.4, 4.4, 2.2 }, 1e-6)
+    assert.are.same({ 6, 4, 2 }, budgets.whole({ 5.45, 4.4, 2.2 }, 4, 1, 8, true))
+    assert.are.same({ 5, 4, 2 }, budgets.whole(b, 4, 1, 8, false))
+    assert.are.same({ 8, 3, 1 }, budgets.whole({ 20, 3, 0.2 }, 4, 1, 8, true))
+  end)
+
+  it("keeps the mean on a model, and says what it needs", function()
+    local tiny = kv.model(H.root .. "/tests/golden/tiny/llama.gguf")
+    local ids = {}
+    for i = 1, 64 do ids[i] = 3 + (i * 37 + i * i) % (tiny.n_vocab - 3) end
+    local calib = tiny:calibrate { tokens = ids, context = 64, chunks = 1, what = "moments" }
+    for _, rule in ipairs { "variance", "entropy", "lagrange" } do
+      local plan = resolve("policy=budgets:k_bits=3:v_bits=5:rule=" .. rule, tiny, { calib = calib })
+      assert.are.same({ 3, 5 }, { plan.bits_nominal.k, plan.bits_nominal.v })
+    end
+    assert.matches("spectra come from a calibration", H.fails(resolve, "policy=budgets", tiny))
+    assert.matches("rule=x is none of variance, entropy, lagrange", H.fails(resolve, "policy=budgets:rule=x", tiny, { calib = calib }))
+    assert.matches("codec 'turboangle' has no parameter bits", H.fails(resolve, "policy=budgets:codec=turboangle", tiny, { calib = calib }))
   end)
 end)
 
@@ -124,19 +178,19 @@ describe("kv.policy.hybrid", function()
   end)
 
   it("judges a model's own keys and values, and what its layers' errors do to the output", function()
-    local model = H.kv.model(H.root .. "/tests/golden/tiny/llama.gguf")
+    local tiny = H.kv.model(H.root .. "/tests/golden/tiny/llama.gguf")
     local ids = {}
-    for i = 1, 80 do ids[i] = 3 + (i * 37 + i * i) % (model.n_vocab - 3) end
-    local calib = model:calibrate { tokens = ids, context = 40, chunks = 1 }
+    for i = 1, 80 do ids[i] = 3 + (i * 37 + i * i) % (tiny.n_vocab - 3) end
+    local calib = tiny:calibrate { tokens = ids, context = 40, chunks = 1 }
     local path = H.temporary ".json"
-    local plan = resolve(kv.policy.hybrid { bits = 4.5, judge = "attention", budget = "mean", weigh = "kld", save = path, sink = 2 }, model, { calib = calib })
+    local plan = resolve(kv.policy.hybrid { bits = 4.5, judge = "attention", budget = "mean", weigh = "kld", save = path, sink = 2 }, tiny, { calib = calib })
     local choice = kv.json.decode(io.open(path):read "*a", "choice")
     assert.are.same({ "captured", 40, "attention", "mean", "kld" }, { choice.source, choice.tokens, choice.judge, choice.budget, choice.weigh })
     assert.is_true(choice.rows[1].weight > 0)
     assert.is_true(plan.bits_payload.mean <= 4.5 + 1e-9)
-    assert.matches("weigh=kld needs budget=mean and source=captured", H.fails(resolve, "policy=hybrid:weigh=kld", model, { calib = calib }))
-    assert.matches("judge=x is none of attention, kl, vector", H.fails(resolve, "policy=hybrid:judge=x", model, { calib = calib }))
-    assert.matches("budget=x is none of mean, slot", H.fails(resolve, "policy=hybrid:budget=x", model, { calib = calib }))
+    assert.matches("weigh=kld needs budget=mean and source=captured", H.fails(resolve, "policy=hybrid:weigh=kld", tiny, { calib = calib }))
+    assert.matches("judge=x is none of attention, kl, vector", H.fails(resolve, "policy=hybrid:judge=x", tiny, { calib = calib }))
+    assert.matches("budget=x is none of mean, slot", H.fails(resolve, "policy=hybrid:budget=x", tiny, { calib = calib }))
   end)
 
   it("needs a text to judge on captured vectors", function()
