@@ -48,23 +48,21 @@ INLINE2 void pack32(uint8_t *dst, __m256i v, int bits)
     }
 }
 
-INLINE2 __m256i code8(const int_state *s, __m256 mul, __m256 off, __m256 x)
+INLINE2 __m256i code8(const int mode, const int bits, __m256 mul, __m256 off, __m256 x)
 {
-    const float levels = (float)((1 << s->bits) - 1), zero = (float)(1 << (s->bits - 1));
+    const float levels = (float)((1 << bits) - 1), zero = (float)(1 << (bits - 1));
     const __m256 none = _mm256_setzero_ps(), top = _mm256_set1_ps(levels);
-    switch (s->mode) {
+    switch (mode) {
     case AFFINE:
         return _mm256_cvtps_epi32(_mm256_min_ps(_mm256_max_ps(_mm256_mul_ps(_mm256_sub_ps(x, off), mul), none), top));
     case SYMMETRIC:
         x = _mm256_min_ps(_mm256_max_ps(_mm256_mul_ps(x, mul), _mm256_set1_ps(1 - zero)), _mm256_set1_ps(zero - 1));
         return _mm256_add_epi32(_mm256_cvtps_epi32(x), _mm256_set1_epi32((int)zero));
     case GGML_0:
-        if (s->bits == 8) {
+        if (bits == 8) {       /* halves away from zero: the largest float below 0.5, with the sign, then towards zero */
             x = _mm256_min_ps(_mm256_max_ps(_mm256_mul_ps(x, mul), _mm256_set1_ps(-127)), _mm256_set1_ps(127));
-            const __m256 whole = _mm256_round_ps(x, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC), sign = _mm256_set1_ps(-0.0f);
-            const __m256 up = _mm256_cmp_ps(_mm256_andnot_ps(sign, _mm256_sub_ps(x, whole)), _mm256_set1_ps(0.5f), _CMP_GE_OQ);
-            const __m256 one = _mm256_or_ps(_mm256_and_ps(sign, x), _mm256_set1_ps(1));
-            return _mm256_and_si256(_mm256_cvttps_epi32(_mm256_add_ps(whole, _mm256_and_ps(up, one))), _mm256_set1_epi32(255));
+            const __m256 half = _mm256_or_ps(_mm256_and_ps(_mm256_set1_ps(-0.0f), x), _mm256_set1_ps(0x1.fffffep-2f));
+            return _mm256_and_si256(_mm256_cvttps_epi32(_mm256_add_ps(x, half)), _mm256_set1_epi32(255));
         }
         x = _mm256_add_ps(_mm256_mul_ps(x, mul), _mm256_set1_ps(zero + 0.5f));
         return _mm256_cvttps_epi32(_mm256_min_ps(_mm256_max_ps(x, none), top));
@@ -81,12 +79,11 @@ INLINE2 float hmax8(__m256 v)
     return _mm_cvtss_f32(_mm_max_ss(x, _mm_shuffle_ps(x, x, 1)));
 }
 
-/* n is a multiple of 32. */
-KV_AVX2 static uint8_t *encode_group_avx2(const int_state *s, const float *x, int n, uint8_t *dst)
+INLINE2 uint8_t *encode_group_of(const int mode, const int bits, const bool has_min, const int_state *s, const float *x, int n, uint8_t *dst)
 {
-    float lo = 0, hi = 0, extreme = 0;
     const __m256 sign = _mm256_set1_ps(-0.0f);
-    if (s->has_min) {
+    float lo = 0, hi = 0, extreme = 0;
+    if (has_min || (mode == GGML_0 && bits < 8)) {
         __m256 least = _mm256_loadu_ps(x), most = least;
         for (int i = 8; i < n; i += 8) {
             const __m256 v = _mm256_loadu_ps(x + i);
@@ -95,26 +92,36 @@ KV_AVX2 static uint8_t *encode_group_avx2(const int_state *s, const float *x, in
         }
         lo = -hmax8(_mm256_xor_ps(least, sign));
         hi = hmax8(most);
+        extreme = hi > -lo ? hi : lo;
+        for (int i = 0; !has_min && hi == -lo; i++)            /* as large on either side: the first of them */
+            if (x[i] == hi || x[i] == lo) { extreme = x[i] + 0.0f; break; }      /* -0 becomes 0 */
     } else {
         __m256 most = _mm256_setzero_ps();
         for (int i = 0; i < n; i += 8) most = _mm256_max_ps(most, _mm256_andnot_ps(sign, _mm256_loadu_ps(x + i)));
-        const float amax = hmax8(most);
-        for (int i = 0; i < n && extreme == 0 && amax > 0; i += 8) {       /* the first of the largest, with its sign */
-            const __m256 at = _mm256_cmp_ps(_mm256_andnot_ps(sign, _mm256_loadu_ps(x + i)), _mm256_set1_ps(amax), _CMP_EQ_OQ);
-            const int mask = _mm256_movemask_ps(at);
-            if (mask) extreme = x[i + __builtin_ctz((unsigned)mask)];
-        }
+        extreme = hmax8(most);
     }
     const group_scale g = scale_of(s, lo, hi, extreme);
     dst = store_scale(s, &g, dst);
     const __m256 mul = _mm256_set1_ps(g.mul), off = _mm256_set1_ps(g.off);
     for (int i = 0; i < n; i += BLOCK, dst += s->block_bytes) {
-        const __m256i a = code8(s, mul, off, _mm256_loadu_ps(x + i)),      b = code8(s, mul, off, _mm256_loadu_ps(x + i + 8));
-        const __m256i c = code8(s, mul, off, _mm256_loadu_ps(x + i + 16)), d = code8(s, mul, off, _mm256_loadu_ps(x + i + 24));
+        const __m256i a = code8(mode, bits, mul, off, _mm256_loadu_ps(x + i)),      b = code8(mode, bits, mul, off, _mm256_loadu_ps(x + i + 8));
+        const __m256i c = code8(mode, bits, mul, off, _mm256_loadu_ps(x + i + 16)), d = code8(mode, bits, mul, off, _mm256_loadu_ps(x + i + 24));
         const __m256i v = _mm256_packus_epi16(_mm256_packus_epi32(a, b), _mm256_packus_epi32(c, d));
-        pack32(dst, _mm256_permutevar8x32_epi32(v, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)), s->bits);
+        pack32(dst, _mm256_permutevar8x32_epi32(v, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)), bits);
     }
     return dst;
+}
+
+/* n is a multiple of 32.  A copy for each kind that is common, and for each mode. */
+KV_AVX2 static uint8_t *encode_group_avx2(const int_state *s, const float *x, int n, uint8_t *dst)
+{
+    switch (s->mode) {
+    case AFFINE:    return encode_group_of(AFFINE, s->bits, true, s, x, n, dst);
+    case SYMMETRIC: return encode_group_of(SYMMETRIC, s->bits, false, s, x, n, dst);
+    case GGML_0:    return s->bits == 8 ? encode_group_of(GGML_0, 8, false, s, x, n, dst) : s->bits == 4 ? encode_group_of(GGML_0, 4, false, s, x, n, dst)
+                                                                                          : encode_group_of(GGML_0, s->bits, false, s, x, n, dst);
+    default:        return encode_group_of(s->mode, s->bits, true, s, x, n, dst);
+    }
 }
 
 /* n is a multiple of 32. */

@@ -34,6 +34,10 @@ static void raw_encode(const kv_codec *c, uint8_t *page, int tok0, int n, const 
     const uint32_t top = type == KV_F16 ? 0x477fe000u : 0x7f7f0000u;    /* 65504; the largest bf16 */
     const size_t row = elem(c) * (size_t)dim;
     float buf[KV_MAX_HEAD_DIM];
+    if (ld == dim && (type == KV_F32 || kv_vec_abs_bits(x, (int64_t)n * dim) <= top)) {
+        kv_vec_store(type, x, page + (size_t)tok0 * row, (int64_t)n * dim);
+        return;
+    }
     for (int t = 0; t < n; t++, x += ld) {
         const float *src = x;
         if (type != KV_F32 && kv_vec_abs_bits(x, dim) > top) {
