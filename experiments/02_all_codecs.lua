@@ -43,11 +43,11 @@ end
 
 local eight = range(1, 8, 1)
 
--- TurboQuant's way to fractional bits (section 4.3): some channels with one bit more, apart.
+-- TurboQuant's way to fractional bits (section 4.3): some channels with one bit more, apart; a second norm, and the transform's padding, are paid.
 local function scalar(params)
   local plain, split = { "scalar", bits = eight }, {}
   for name, value in pairs(params) do plain[name] = value end
-  for _, n in ipairs { 2, 12, 20, 32 } do
+  for _, n in ipairs { 2, 4, 8 } do
     for bits = 1, 8 do
       local s = { "scalar", bits = bits, outliers = n, outlier_bits = math.min(8, bits + 1), pick = "calibrated" }
       for name, value in pairs(params) do s[name] = value end
@@ -90,7 +90,7 @@ local methods = {
   { name = "turboquant-prod", family = "scalar", k = each({ "scalar", bits = range(0, 7, 1), residual = "qjl", norm = "raw", gain = { "expected", "norm" } }, "bits", "gain"),
     targets = { 2.25, 3.25, 4.25 } },
   { name = "ggml", family = "int", k = { { "q4_0" }, { "q5_0" }, { "q8_0" }, { "q4_1" }, { "q5_1" } } },
-  { name = "kivi", family = "int", k = each({ "kivi-2", bits = eight, group = { 32, 64, 16, 8 } }, "bits", "group"),
+  { name = "kivi", family = "int", k = each({ "kivi-2", bits = eight, group = { 32, 64, 16 } }, "bits", "group"),
     v = each({ "kivi-2", bits = eight, group = { 32, 64, 16, 128, 256 } }, "bits", "group") },
   { name = "turboangle", family = "polar", k = angles "lin", v = angles "log" },
   { name = "turboangle lloyd", family = "polar", k = angles("lloyd", 1), targets = { 3.25 } },
@@ -99,9 +99,9 @@ local methods = {
   { name = "nvfp", family = "fp", k = { { "nvfp4" }, { "nvfp4", group = 32 }, { "nvfp4", grid = "e4m3" }, { "nvfp4", grid = "e4m3", group = 32 } } },
   { name = "kvquant", family = "nuq", page_rope = true, stored = { k = levels, v = function(s, d) return levels(s, d) + 32 / d, 16 end },
     k = each({ "nuq", bits = { 2, 3, 4 }, outliers = { 0, 1, 0.5, 1.5, 2, 2.5, 3, 3.5, 4 } }, "bits", "outliers") },
-  { name = "wf keys, scalar values", family = "wf", page_rope = true, stored = { k = function(s, d) return s.bits + 8 / d end }, k = each({ "wf", bits = range(0.75, 8, 0.25) }, "bits"),
-    v = scalar { norm = "lsq", search = 17 } },
-  { name = "kvtc by head", family = "pca", page_rope = true, k = each({ "pca", bits = range(1, 8, 0.125) }, "bits"),
+  { name = "wf keys, scalar values", family = "wf", page_rope = true, stored = { k = function(s, d) return s.bits + 8 / d end }, k = each({ "wf", bits = range(0.75, 8, 0.125) }, "bits"),
+    v = each({ "scalar", bits = eight, norm = "lsq", search = 17 }, "bits") },
+  { name = "kvtc by head", family = "pca", page_rope = true, k = each({ "pca", bits = range(8, 1, -0.125) }, "bits"),
     stored = { k = budget, v = budget } },
   { name = "kvtc by head, paper's blocks", family = "pca", page_rope = true, stored = { k = budget, v = budget },
     k = each({ "pca", types = "paper", scale = "token", bits = { 4.25, 2.25, 4.5, 2.5 } }, "bits"), targets = { 2.25, 4.25 } },

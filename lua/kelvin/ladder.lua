@@ -83,10 +83,11 @@ local function weigh(model, method, o)
   return { k = size("k", method.k), v = size("v", method.v or method.k) }
 end
 
+local SPREAD = 4          -- a bit that is no code's counts as much as keys and values so many bits apart
 local UNEVEN = 0.25        -- bits that a pair with fewer bits for keys is set back: keys suffer more
 
--- The pair for a target: one setting for both sides, the first of the list that is within the tolerance; else the two sides as
--- close together as it gets, keys before values.  Otherwise nil and the nearest there is.
+-- The pair for a target: one setting for both sides, the first of the list that is within the tolerance; else two with the
+-- fewest bits beside codes, as close together as it gets, keys before values.  Otherwise nil and the nearest there is.
 local function choose(sized, same, target, within)
   local best, nearest
   local function off(bits) return math.abs(bits / target - 1) end
@@ -107,7 +108,12 @@ local function choose(sized, same, target, within)
   end
   for _, k in ipairs(sized.k) do
     for _, v in ipairs(sized.v) do
-      consider(k, v, math.abs(k.bits - v.bits) + (k.bits < v.bits - 1e-9 and UNEVEN or 0))
+      local a, b, over = k.bits, v.bits, 0
+      if k.spec.bits and v.spec.bits then                 -- where the codes' bits are a parameter, the fewest bits beside them
+        a, b = k.spec.bits, v.spec.bits
+        over = k.bits - a + v.bits - b
+      end
+      consider(k, v, over * SPREAD + math.abs(a - b) + (a < b - 1e-9 and UNEVEN or 0))
     end
   end
   return best, nearest
