@@ -39,23 +39,25 @@ local function clock(ops, repeats)
   return out
 end
 
---- Source tensors of a head_dim, and memcpy of as many bytes as the source has.
+--- Source tensors of a head_dim; memcpy and a plain read of as many bytes as the source has.
 local function data(dim, queries)
   local tensor = require "kelvin.tensor"
   local tokens = math.max(64, math.floor(ELEMENTS / HEADS / dim / 64) * 64)
   local x = tensor.randn { HEADS, tokens, dim, seed = 3 }
   local rate = ffi.new "double[1]"
   local bytes = 4 * HEADS * tokens * dim
+  local read = ffi.new "double[1]"
   check(C.kv_bench_memcpy(math.max(1, bytes / 2 ^ 20), 1, rate))
+  check(C.kv_bench_read(math.max(1, bytes / 2 ^ 20), 1, read))
   return { dim = dim, tokens = tokens, queries = queries, x = x, q = tensor.randn { HEADS, queries, dim, seed = 4 }, p = tensor.uniform { HEADS, queries, tokens, seed = 5 },
     out = tensor.zeros { HEADS, tokens, dim }, scores = tensor.zeros { HEADS, queries, tokens }, acc = tensor.zeros { HEADS, queries, dim },
-    bytes = bytes, memcpy = rate[0], copy_s = 2 * bytes / (rate[0] * 1e9) }
+    bytes = bytes, memcpy = rate[0], read = read[0], copy_s = 2 * bytes / (rate[0] * 1e9) }
 end
 
 --- A row: GB/s of source and of codes of each operation, from its seconds.
 local function row_of(d, name, family, fused, seconds, k_bytes, v_bytes)
   local rows = HEADS * d.tokens
-  local row = { codec = name, family = family, dim = d.dim, fused = fused, heads = HEADS, tokens = d.tokens, queries = d.queries, threads = 1, memcpy_gb_s = d.memcpy,
+  local row = { codec = name, family = family, dim = d.dim, fused = fused, heads = HEADS, tokens = d.tokens, queries = d.queries, threads = 1, memcpy_gb_s = d.memcpy, read_gb_s = d.read,
     bits_k = 8 * k_bytes / (rows * d.dim), bits_v = 8 * v_bytes / (rows * d.dim) }
   for what, s in pairs(seconds) do
     row[what .. "_ns_per_token"] = 1e9 * s / rows
@@ -63,6 +65,8 @@ local function row_of(d, name, family, fused, seconds, k_bytes, v_bytes)
     row[what .. "_codes_gb_s"] = (what:find "^accumulate" and v_bytes or k_bytes) / s / 1e9
   end
   row.encode_of_memcpy, row.decode_of_memcpy = d.copy_s / seconds.encode, d.copy_s / seconds.decode
+  -- The floor of attention: its codes read once, for all queries.
+  row.dot_of_floor, row.accumulate_of_floor = k_bytes / (d.read * 1e9) / seconds.dot, v_bytes / (d.read * 1e9) / seconds.accumulate
   if seconds.dot_decoded then
     row.dot_gain, row.accumulate_gain = seconds.dot_decoded / seconds.dot, seconds.accumulate_decoded / seconds.accumulate
     row.attention_gain = (seconds.dot_decoded + seconds.accumulate_decoded) / (seconds.dot + seconds.accumulate)
@@ -239,8 +243,8 @@ function M.run(o)
   if out then out:close() end
   if not ok then error(err, 0) end
   return setmetatable(rows, { __tostring = function(t)
-    return ("GB/s of one thread, %d queries a K/V head: f32 source that the codes stand for, then stored bytes ('codes'); memcpy %.1f GB/s (read + written)\n"
-      .. "gain: time of decoding a page to f32 first over time on codes\n"):format(queries, t[1].memcpy_gb_s) .. M.table(t)
+    return ("GB/s of one thread, %d queries a K/V head: f32 source that the codes stand for, then stored bytes ('codes'); memcpy %.1f GB/s (read + written), read %.1f GB/s\n"
+      .. "gain: time of decoding a page to f32 first over time on codes\n"):format(queries, t[1].memcpy_gb_s, t[1].read_gb_s) .. M.table(t)
   end })
 end
 
