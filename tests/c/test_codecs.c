@@ -412,6 +412,29 @@ static void test_promises(void)
             const double e = rel_error("int", text, GAUSS, 0), bound = bits == 1 ? 2.5 : 2.7 / pow(4, bits);   /* one bit keeps the extremes only */
             CHECK(e < bound, "%s: relative error %g, bound %g", text, e, bound);
         }
+    /* Minimum and scale of a whole row of 128: published 1 - cosine, which is half the relative error. */
+    static const double whole[] = { .103, .0218, .0049 };
+    for (int bits = 2; bits <= 4; bits++) {
+        enum { D = 128, P = 512 };
+        static float x[P * D], y[P * D];
+        kv_codec *c;
+        char text[64];
+        double off = 0;
+        snprintf(text, sizeof text, "bits=%d,group=128", bits);
+        if (kv_codec_new(&c, "int", text, D, P, 0) < 0) { CHECK(0, "%s", kv_last_error()); continue; }
+        uint8_t *page = kv_zalloc(c->page_bytes);
+        fill(GAUSS, 12, x, P, D);
+        c->ops->encode(c, page, 0, P, x, D);
+        c->ops->decode(c, page, 0, P, y, D);
+        for (int t = 0; t < P; t++) {
+            double xx = 0, yy = 0, xy = 0;
+            for (int i = t * D; i < (t + 1) * D; i++) xx += (double)x[i] * x[i], yy += (double)y[i] * y[i], xy += (double)x[i] * y[i];
+            off += (1 - xy / sqrt(xx * yy)) / P;
+        }
+        CHECK(fabs(off / whole[bits - 2] - 1) < .03, "%s: 1 - cosine %.5f, published %.4f", text, off, whole[bits - 2]);
+        kv_free(page);
+        kv_codec_free(c);
+    }
     CHECK(rel_error("canary", "", GAUSS, 1) > 0.8 && rel_error("canary", "", GAUSS, 0) < 2, "the canary fails, and stays finite");
 }
 

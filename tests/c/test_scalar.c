@@ -103,6 +103,43 @@ static void test_codebooks(void)
     CHECK(kv_lloyd_max(9, 0, NULL, NULL) == KV_E_ARG && kv_lloyd_max(4, 1, NULL, NULL) == KV_E_ARG, "bad codebook arguments pass");
 }
 
+/* What follows from codebooks alone: Theorem 1's and Theorem 3's bounds, entropy of the codes, the constants of gain=expected. */
+static void test_bounds(void)
+{
+    static const double entropy[] = { 1.000, 1.911, 2.825, 3.765, 4.730 }, left[] = { 1, .60281, .34267, .18576, .09743 };
+    static const struct { int dim; double d[3]; } sub[] = { { 32, { .112, .0325, .0089 } }, { 96, { .1156, .0337, .0093 } } };   /* 2, 3, 4 bits */
+    for (int bits = 1; bits <= 8; bits++) {
+        double c[256], d, h = 0;
+        for (int dim = 0; dim <= 512; dim = dim ? 2 * dim : 32) {
+            kv_lloyd_max(bits, dim, c, &d);
+            CHECK(d < sqrt(3) * M_PI / 2 * pow(4, -bits) && d > pow(4, -bits), "%d bits dim %d: distortion %g is outside 1..2.72 times 4^-bits", bits, dim, d);
+        }
+        kv_lloyd_max(bits, 0, c, &d);
+        for (int k = 0; k < 1 << bits; k++) {
+            const double lo = k ? .5 * (c[k - 1] + c[k]) : -INFINITY, hi = k + 1 < 1 << bits ? .5 * (c[k] + c[k + 1]) : INFINITY, p = .5 * (erfc(lo / M_SQRT2) - erfc(hi / M_SQRT2));
+            h -= p * log2(p);
+        }
+        CHECK(bits > 5 || fabs(h - entropy[bits - 1]) < 6e-4, "%d bits: entropy of the codes %.4f, published %.3f", bits, h, entropy[bits - 1]);
+        CHECK(bits > 4 || fabs(sqrt(d) / left[bits] - 1) < 1e-3, "%d bits leave a residual of %.5f, published %.5f", bits, sqrt(d), left[bits]);
+        /* The Gaussian's codebook under the exact density: 0.3 % at dim 128. */
+        double exact, mass = 0, off = 0;
+        kv_lloyd_max(bits, 128, NULL, &exact);
+        for (int i = 0, k = 0; i < 200000; i++) {
+            const double z = (2 * (i + .5) / 200000 - 1) * sqrt(128), f = pow(1 - z * z / 128, 62.5);
+            while (k + 1 < 1 << bits && z > .5 * (c[k] + c[k + 1])) k++;
+            mass += f;
+            off += f * (z - c[k]) * (z - c[k]);
+        }
+        CHECK(bits > 4 || (off / mass >= exact * .9999 && off / mass < exact * 1.003), "%d bits, dim 128: the Gaussian's codebook leaves %g, its own %g", bits, off / mass, exact);
+    }
+    for (int i = 0; i < 2; i++)
+        for (int bits = 2; bits <= 4; bits++) {
+            double d;
+            kv_lloyd_max(bits, sub[i].dim, NULL, &d);
+            CHECK(fabs(d / sub[i].d[bits - 2] - 1) < .02, "%d bits in %d channels: distortion %.5f, published %.4f", bits, sub[i].dim, d, sub[i].d[bits - 2]);
+        }
+}
+
 /* ---- distortion of unit vectors */
 typedef struct quality { double mse, cosine, gain; } quality;
 static quality measure(const char *params, int d, int n)
@@ -161,6 +198,52 @@ static void test_distortion(void)
             CHECK(q.mse > want * .99 && q.mse < gauss * 1.01, "d=%d %s: relative MSE %.6f is outside %.6f..%.6f", d, params, q.mse, want, gauss);
         }
     CHECK(fabs(measure("bits=1,norm=raw", 128, 4096).cosine - cosine[0]) < .003, "1 bit: cosine");
+}
+
+static double scale_of_row(const char *params, int d, const float *x)
+{
+    kv_codec *c = codec(params, d, 8, KV_SIDE_K);
+    uint8_t *page = kv_zalloc(c->page_bytes);
+    c->ops->encode(c, page, 0, 1, x, d);
+    const double scale = kv_f16_to_f32(kv_load_u16(page + (size_t)c->page.codes));
+    kv_free(page);
+    kv_codec_free(c);
+    return scale;
+}
+
+/* matched^2 = unbiased lsq, of every row.  One-hot rows become +-const, the same code everywhere: without norm correction they lose
+ * (1 - centroid)^2, with it nothing. */
+static void test_scales(void)
+{
+    for (int bits = 1; bits <= 8; bits++) {
+        float x[128];
+        double scale[3], g[256];
+        char params[64];
+        static const char *const mode[] = { "matched", "lsq", "unbiased" };
+        normal(x, 128);
+        for (int m = 0; m < 3; m++) {
+            snprintf(params, sizeof params, "bits=%d,norm=%s", bits, mode[m]);
+            scale[m] = scale_of_row(params, 128, x);
+        }
+        CHECK(fabs(scale[0] * scale[0] / (scale[1] * scale[2]) - 1) < 2e-3, "%d bits: scales %g, %g, %g", bits, scale[0], scale[1], scale[2]);   /* f16: 2^-11 each */
+        kv_lloyd_max(bits, 0, g, NULL);
+        double nearest = INFINITY;
+        for (int k = 0; k < 1 << bits; k++) nearest = fmin(nearest, fabs(1 - g[k]));
+        for (int m = 0; m < 2; m++) {
+            float y[128], one[128] = { 0 };
+            one[17] = 2;
+            snprintf(params, sizeof params, "bits=%d,norm=%s", bits, m ? "matched" : "raw");
+            kv_codec *c = codec(params, 128, 8, KV_SIDE_V);
+            uint8_t *page = kv_zalloc(c->page_bytes);
+            double off = 0;
+            c->ops->encode(c, page, 0, 1, one, 128);
+            c->ops->decode(c, page, 0, 1, y, 128);
+            for (int i = 0; i < 128; i++) off += ((double)one[i] - y[i]) * ((double)one[i] - y[i]) / 4;
+            CHECK(m ? off < 1e-6 : fabs(off - nearest * nearest) < 1e-4, "%s: a one-hot row is %g off, 1 - centroid squared %g", params, off, nearest * nearest);
+            kv_free(page);
+            kv_codec_free(c);
+        }
+    }
 }
 
 /* Mean of <q, x^> over rotations: nothing is lost with norm=unbiased, a share D of it with norm=raw. */
@@ -386,8 +469,10 @@ int main(void)
     printf("seed %u, levels 0..%d\n", SEED, kv_cpu_simd_max());
     test_rows();
     test_codebooks();
+    test_bounds();
     kv_cpu_limit(KV_SIMD_AMX);
     test_distortion();
+    test_scales();
     test_bias();
     test_bytes();
     test_fused();

@@ -76,6 +76,10 @@ static void test_theorem(void)
             const double variance = M_PI / 2 * left / D, bound = sqrt(3) * M_PI * M_PI / D * pow(4, -bits);
             CHECK(fabs(e.mean) < 4 * e.of_mean + 1e-4, "prod-%d cosine %g: bias %.5f +- %.5f", bits, cosine, e.mean, e.of_mean);
             CHECK(bits == 1 || e.rms * e.rms < bound * 1.02, "prod-%d cosine %g: E error^2 %.3g is over Theorem 2's %.3g", bits, cosine, e.rms * e.rms, bound);
+            if (bits == 1) {                             /* the sketch alone: exact at every cosine */
+                const double exact = (M_PI / 2 - cosine * cosine) / D;
+                CHECK(fabs(e.rms * e.rms / exact - 1) < .05, "qjl cosine %g: E error^2 %.4g, exact %.4g", cosine, e.rms * e.rms, exact);
+            }
             if (k == 0) CHECK(fabs(e.rms * e.rms / variance - 1) < .05, "prod-%d: E error^2 %.4g, pi/2 D/d %.4g", bits, e.rms * e.rms, variance);
             if (k == 0 && bits >= 2 && bits <= 4) CHECK(fabs(e.rms * sqrt(D) / published[bits - 2].rms - 1) < .03, "prod-%d: rms*sqrt(d) %.4f, published %.3f", bits, e.rms * sqrt(D), published[bits - 2].rms);
         }
@@ -94,6 +98,27 @@ static void test_theorem(void)
         kv_codec *c = codec(params, D, 64, 0);
         CHECK(c->page.scales == 128, "%s: %g bytes of scales", params, c->page.scales);
         kv_codec_free(c);
+    }
+}
+
+/* Estimators without a sketch: rms*sqrt(d) at cosine 0 and what is lost at 0.7, 3 bits; and the sketches' there. */
+static void test_estimators(void)
+{
+    enum { D = 128 };
+    static const double raw[] = { .319, .181, .0956 }, unbiased[] = { .362, .188, .0967 };
+    static const struct { const char *params; double bias, rms; } at7[] = {
+        { "bits=3,norm=raw", -.0228, 0 }, { "bits=3,norm=matched", -.0118, 0 }, { "bits=3,norm=unbiased", 0, .133 }, { "bits=2,norm=raw,residual=qjl", 0, .417 }, { "bits=2,norm=raw,residual=hadamard", 0, .250 } };
+    char params[64];
+    for (int bits = 2; bits <= 4; bits++)
+        for (int k = 0; k < 2; k++) {
+            snprintf(params, sizeof params, "bits=%d,norm=%s", bits, k ? "unbiased" : "raw");
+            const double got = inner_error(params, D, 0, 120).rms * sqrt(D), want = (k ? unbiased : raw)[bits - 2];
+            CHECK(fabs(got / want - 1) < .03, "%s: rms*sqrt(d) %.4f, published %.4f", params, got, want);
+        }
+    for (int i = 0; i < 5; i++) {
+        const inner e = inner_error(at7[i].params, D, .7, 120);
+        CHECK(fabs(e.mean - at7[i].bias) < 4 * e.of_mean + 1.5e-3, "%s at cosine 0.7: bias %.4f +- %.4f, published %.4f", at7[i].params, e.mean, e.of_mean, at7[i].bias);
+        CHECK(at7[i].rms == 0 || fabs(e.rms * sqrt(D) / at7[i].rms - 1) < .04, "%s at cosine 0.7: rms*sqrt(d) %.4f, published %.4f", at7[i].params, e.rms * sqrt(D), at7[i].rms);
     }
 }
 
@@ -122,6 +147,41 @@ static double cosine_of(const char *params, int d, int n_pages, double *mse)
     kv_free(x); kv_free(y); kv_free(page); kv_codec_free(c);
     if (mse) *mse = error;
     return cosine;
+}
+
+/* Relative error, cosine and slope <x,x^>/<x,x> at d = 128, and stored bits, with and without the second rotation's signs: the slope is
+ * 1 - D without, and 1 with the unbiased scale. */
+static void test_second_rotation(void)
+{
+    static const struct { int bits; double plain[3], unbiased[3], mse[3]; } row[] = {      /* relative error, cosine, slope */
+        { 1, { 3.60e-1, .7998, .647 }, { 0, 0, 0 }, { 0, 0, 0 } },
+        { 2, { 1.15e-1, .9409, .894 }, { 6.54e-2, .9690, .997 }, { 4.17e-2, .9791, .960 } },
+        { 3, { 3.38e-2, .9832, .966 }, { 1.92e-2, .9906, 1.001 }, { 1.22e-2, .9939, .988 } },
+        { 4, { 9.28e-3, .99543, .993 }, { 5.26e-3, .9974, 1.000 }, { 3.35e-3, .9983, .998 } },
+        { 5, { 2.45e-3, .99880, .997 }, { 1.39e-3, .99931, 1.000 }, { 8.8e-4, .99956, .999 } } };
+    for (int i = 0; i < 5; i++)
+        for (int k = 0; k < (row[i].bits > 1 ? 3 : 1); k++) {
+            static const char *const stage[] = { "", ",residual=hadamard", ",residual=hadamard,gain=lsq" };
+            const double *want = k == 0 ? row[i].plain : k == 1 ? row[i].unbiased : row[i].mse;
+            char params[96];
+            double mse, left;
+            snprintf(params, sizeof params, "bits=%d,norm=raw%s", row[i].bits, stage[k]);
+            const double cosine = cosine_of(params, 128, 60, &mse);
+            const inner e = inner_error(params, 128, .999, 40);                            /* slope - 1 at cosine 1 */
+            kv_lloyd_max(row[i].bits, 128, NULL, &left);
+            CHECK(fabs(mse / want[0] - 1) < .05, "%s: relative error %.3g, published %.3g", params, mse, want[0]);
+            CHECK(k == 2 || fabs(mse / (k ? (M_PI / 2 - 1) * left : left) - 1) < .02, "%s: relative error %.4g, closed form %.4g", params, mse, k ? (M_PI / 2 - 1) * left : left);
+            CHECK(fabs((1 - cosine) / (1 - want[1]) - 1) < .06, "%s: cosine %.5f, published %.5f", params, cosine, want[1]);
+            CHECK(fabs(1 + e.mean / .999 - want[2]) < .012, "%s: slope %.4f, published %.3f", params, 1 + e.mean / .999, want[2]);
+            CHECK(k == 2 || fabs(e.mean / .999 + (k ? 0 : left)) < 4 * e.of_mean + 2e-3, "%s: slope %.4f, closed form %.4f", params, 1 + e.mean / .999, 1 - (k ? 0 : left));
+            kv_codec *c = codec(params, 128, 64, 0);
+            CHECK(8.0 * (double)c->page_bytes / 64 / 128 == row[i].bits + (k ? 1.25 : .125), "%s: %zu bytes", params, c->page_bytes);
+            kv_codec_free(c);
+        }
+    double mse, plain;                                                                     /* the factor's search at d = 64: .0102 to .0081 */
+    cosine_of("bits=4,norm=lsq", 64, 60, &plain);
+    cosine_of("bits=4,norm=lsq,search=9", 64, 60, &mse);
+    CHECK(fabs(mse / plain / (.0081 / .0102) - 1) < .05, "d=64, 4 bits: the search takes the relative error from %.5f to %.5f", plain, mse);
 }
 
 static void test_reconstruction(void)
@@ -346,6 +406,8 @@ int main(void)
     test_attention();
     kv_cpu_limit(KV_SIMD_AMX);
     test_theorem();
+    test_estimators();
+    test_second_rotation();
     test_reconstruction();
     test_outliers();
     test_tables();
