@@ -27,3 +27,27 @@ for _, page in ipairs(pages) do
     end
   end
 end
+
+describe("docs/conformance.md", function()
+  it("names tests that there are", function()
+    local tree = io.open(K.root .. "/tests/c/check.h")
+    if not tree then return pending "the C tests' source is not here" end
+    tree:close()
+    local function text(path)
+      local f = assert(io.open(K.root .. "/" .. path), path .. " is not there")
+      local all = f:read "*a"
+      f:close()
+      return all
+    end
+    local n = 0
+    for file, name in text "docs/conformance.md":gmatch "`([%w_]+): ([^`]+)`" do
+      if not file:find "^x" and file ~= "test_x" then
+        local spec = file:match "_spec$"
+        local all = text(spec and "tests/unit/" .. file .. ".lua" or "tests/c/" .. file .. ".c")
+        assert.is_truthy(all:find((spec and 'it("' or " ") .. name .. (spec and "" or "("), 1, true), file .. ": " .. name)
+        n = n + 1
+      end
+    end
+    assert.is_true(n > 60)
+  end)
+end)

@@ -198,11 +198,19 @@ static void test_distortion(void)
             CHECK(q.mse > want * .99 && q.mse < gauss * 1.01, "d=%d %s: relative MSE %.6f is outside %.6f..%.6f", d, params, q.mse, want, gauss);
         }
     CHECK(fabs(measure("bits=1,norm=raw", 128, 4096).cosine - cosine[0]) < .003, "1 bit: cosine");
+    static const int blocks[] = { 80, 96, 112, 192, 320, 512 };                     /* transforms of several sizes: as good as one */
+    for (int i = 0; i < 6; i++) {
+        double exact, gauss;
+        kv_lloyd_max(3, blocks[i], NULL, &exact);
+        kv_lloyd_max(3, 0, NULL, &gauss);
+        const quality q = measure("bits=3,norm=raw", blocks[i], 4096);
+        CHECK(q.mse > exact * .99 && q.mse < gauss * 1.01, "d=%d: relative MSE %.6f is outside %.6f..%.6f", blocks[i], q.mse, exact, gauss);
+    }
 }
 
 static double scale_of_row(const char *params, int d, const float *x)
 {
-    kv_codec *c = codec(params, d, 8, KV_SIDE_K);
+    kv_codec *c = codec(params, d, 32, KV_SIDE_K);                    /* whole tiles: scales follow the codes */
     uint8_t *page = kv_zalloc(c->page_bytes);
     c->ops->encode(c, page, 0, 1, x, d);
     const double scale = kv_f16_to_f32(kv_load_u16(page + (size_t)c->page.codes));

@@ -251,6 +251,15 @@ static void test_outliers(void)
         kv_free(page);
         kv_codec_free(c);
     }
+    /* Channels of equal norm: as many as asked for all the same, the lowest. */
+    kv_codec *c = codec("bits=2,outliers=32,outlier_bits=3", D, PAGE, KV_SIDE_K);
+    uint8_t *page = kv_zalloc(c->page_bytes);
+    for (int i = 0; i < PAGE * D; i++) x[i] = i % 2 ? 1 : -1;
+    c->ops->encode(c, page, 0, PAGE, x, D);
+    const uint8_t *set = page + PAGE * (32 * 3 + 96 * 2) / 8;
+    for (int i = 0; i < D; i++) CHECK((set[i / 8] >> i % 8 & 1) == (i < 32), "equal channels: channel %d %s among the outliers", i, i < 32 ? "is not" : "is");
+    kv_free(page);
+    kv_codec_free(c);
     CHECK(error[0] > 3 && error[1] < .05, "error of ordinary channels beside outliers: %.3f apart, %.3f together", error[1], error[0]);
 }
 

@@ -35,6 +35,30 @@ describe("kv.codec", function()
     end
   end)
 
+  it("stores the bits that the layouts of the literature store, at head_dim 64, 128 and 256", function()
+    local want = { q8_0 = 8.5, q5_1 = 6, q5_0 = 5.5, q4_1 = 5, q4_0 = 4.5, nvfp4 = 4.5, mxfp4 = 4.25, ["mxfp8-e5m2"] = 8.25, ["kivi-2"] = 3, ["kivi-4"] = 5, polarquant = 3.875,
+      ["turboquant-4"] = { 4.25, 4.125, 4.0625 }, ["turboquant-3"] = { 3.25, 3.125, 3.0625 }, ["turboquant-2"] = { 2.25, 2.125, 2.0625 }, ["turboquant-prod-3"] = { 3.5, 3.25, 3.125 },
+      qjl = { 1.25, 1.125, 1.0625 }, ["rabitq-3"] = { 3.25, 3.125, 3.0625 }, ["turboangle-lloyd-4"] = { 4.25, 4.125, 4.0625 }, ["fp8-e4m3-token"] = { 8.25, 8.125, 8.0625 } }
+    for name, bits in pairs(want) do
+      for i, dim in ipairs { 64, 128, 256 } do
+        for _, side in ipairs { "k", "v" } do H.close(kv.codec(name):info_for(dim, 128, side).bits_payload, type(bits) == "table" and bits[i] or bits, 1e-9, name .. " " .. dim .. side) end
+      end
+    end
+    -- Groups of 128, as KIVI has them too; bytes of one vector; TurboAngle's 6.56 bits are keys' and values' mean over its boosted layers.
+    for _, side in ipairs { "k", "v" } do H.close(kv.codec("kivi-2", { group = 128 }):info_for(128, 128, side).bits_payload, 2.25, 1e-9, side) end
+    for name, bytes in pairs { ["turboquant-4"] = { 34, 66 }, ["turboquant-3"] = { 26, 50 }, ["turboquant-2"] = { 18, 34 } } do
+      for i, dim in ipairs { 64, 128 } do assert.are.equal(bytes[i], kv.codec(name):info_for(dim).page_bytes / 64, name) end
+    end
+    local function mean(name) return (kv.codec(name):info_for(128, 64, "k").bits_payload + kv.codec(name):info_for(128, 64, "v").bits_payload) / 2 end
+    H.close((28 * mean "turboangle" + 4 * mean "turboangle-k256v128") / 32, 6.5625, 1e-9)
+    -- 2.5 and 3.5 bits of 128 channels: codes of 32 and 96, two norms, and what the papers leave out, the page's set.
+    for name, bits in pairs { ["turboquant-2.5"] = 2.5, ["turboquant-3.5"] = 3.5 } do
+      local i = kv.codec(name):info_for(128, 1024)
+      H.close(8 * (i.page.codes + i.page.scales) / (128 * 1024), bits, 1e-9, name)
+      assert.are.equal(16, i.page.outliers)
+    end
+  end)
+
   it("sets up keys and values apart where a preset says so", function()
     local c = kv.codec "kivi-2"
     assert.are.equal(32, c:info_for(64, 64, "k").granule)
