@@ -294,7 +294,7 @@ typedef struct kv_kvtc_options {
     double  ratio_k, ratio_v, seed;                                /* f16 bytes over coded bytes, before the entropy stage; of the randomized SVD */
     int32_t layers, heads;                                         /* how many share a basis; 0: all */
     int32_t rank, rows;                                            /* components at most; rows of the calibration; 0: as there are */
-    int32_t keep_rope, randomized;                                 /* keys as cached; randomized SVD in place of the Gram matrix */
+    int32_t keep_rope, equal, randomized;                          /* keys as cached; layers and heads of equal weight; randomized SVD in place of the Gram matrix */
     int32_t types, bits, lagrange;                                 /* KV_KVTC_…; of KV_KVTC_UNIFORM; Lagrange multiplier in place of the dynamic program */
 } kv_kvtc_options;
 typedef struct kv_kvtc kv_kvtc;

@@ -119,7 +119,7 @@ int kv_kvtc_tables(const kv_kvtc *k, double *bytes, int *rank_k, int *rank_v)
     *rank_k = *rank_v = 0;
     for (int i = 0; i < 2 * k->basis->n_groups; i++) {
         const kvtc_group *g = &k->group[i % 2][i / 2];
-        *bytes += 2.0 * g->plan.rank * g->space->p + 4.0 * g->space->p + (g->plan.fixed ? 4.0 * g->plan.rank : 0) + 4.0 * g->plan.n_blocks;
+        *bytes += 2.0 * g->plan.rank * g->space->p + (g->space->unit ? 8.0 : 4.0) * g->space->p + (g->plan.fixed ? 4.0 * g->plan.rank : 0) + 4.0 * g->plan.n_blocks;
         *(i % 2 ? rank_v : rank_k) += g->plan.rank;
     }
     return KV_OK;
@@ -164,7 +164,11 @@ int kvtc_encode_rows(const kvtc_group *g, float *x, int n, int stage, int level,
     int status = KV_E_NOMEM, used;
     if (!z || !symbol || !packed || !coded) goto fail;
     for (int t = 0; t < n; t++)
-        for (int i = 0; i < width; i++) x[(size_t)t * (size_t)width + (size_t)i] -= g->space->mean[i];
+        for (int i = 0; i < width; i++) {
+            float *at = &x[(size_t)t * (size_t)width + (size_t)i];
+            *at -= g->space->mean[i];
+            if (g->space->unit) *at /= g->space->unit[i];
+        }
     kvtc_gemm(1, n, p->rank, width, x, g->space->v, width, 0, z);
     for (int t = 0; t < n; t++) {
         kvtc_quantize(p, g->step, z + (size_t)t * (size_t)p->rank, symbol + (size_t)t * n_symbols);
@@ -203,9 +207,14 @@ int kvtc_decode_rows(const kvtc_group *g, const kvtc_payload *in, int n, float *
     for (int t = 0; t < n; t++) {
         if (in->stage != KV_STAGE_RANS) kvtc_unpack(p, packed + (size_t)t * p->row_bytes, symbol + (size_t)t * n_symbols);
         kvtc_dequantize(p, g->step, symbol + (size_t)t * n_symbols, z + (size_t)t * (size_t)p->rank);
-        memcpy(x + (size_t)t * (size_t)width, g->space->mean, (size_t)width * sizeof *x);
     }
-    kvtc_gemm(0, n, width, p->rank, z, g->space->v, width, 1, x);
+    memset(x, 0, (size_t)n * (size_t)width * sizeof *x);
+    kvtc_gemm(0, n, width, p->rank, z, g->space->v, width, 0, x);
+    for (int t = 0; t < n; t++)
+        for (int i = 0; i < width; i++) {
+            float *at = &x[(size_t)t * (size_t)width + (size_t)i];
+            *at = (g->space->unit ? *at * g->space->unit[i] : *at) + g->space->mean[i];
+        }
     status = KV_OK;
 fail:
     kv_free(z);

@@ -160,6 +160,22 @@ static int gather_rows(const kvtc_basis *b, const kvtc_space *s, const kv_calib 
     return status;
 }
 
+/* Centred rows of every slot to a mean square of 1, so that layers of small rows count as much as those of large ones. */
+static int equalize(kvtc_space *s, float *x, int n, int d)
+{
+    if (!(s->unit = kv_alloc_array((size_t)s->p, sizeof(float), false))) return KV_E_NOMEM;
+    for (int slot = 0; slot < s->p; slot += d) {
+        double sum = 0;
+        for (int t = 0; t < n; t++)
+            for (int i = slot; i < slot + d; i++) sum += (double)x[(size_t)t * (size_t)s->p + (size_t)i] * x[(size_t)t * (size_t)s->p + (size_t)i];
+        const float unit = (float)fmax(sqrt(sum / ((double)n * d)), 1e-20);
+        for (int i = slot; i < slot + d; i++) s->unit[i] = unit;
+        for (int t = 0; t < n; t++)
+            for (int i = slot; i < slot + d; i++) x[(size_t)t * (size_t)s->p + (size_t)i] /= unit;
+    }
+    return KV_OK;
+}
+
 static int make_space(kvtc_basis *b, kvtc_space *s, const kv_calib *c, int side, const kv_kvtc_options *o)
 {
     const int n = o->rows ? kv_min(o->rows, c->n_sample) : c->n_sample, held = n / KVTC_HELD_OUT, fit = n - held, p = s->p;
@@ -176,6 +192,7 @@ static int make_space(kvtc_basis *b, kvtc_space *s, const kv_calib *c, int side,
         s->mean[i] = (float)(sum / n);
         for (int t = 0; t < n; t++) x[(size_t)t * (size_t)p + (size_t)i] -= s->mean[i];
     }
+    if (o->equal) FAIL_IF_ERROR(equalize(s, x, n, b->m->info.head_dim));
     FAIL_IF_ERROR(s->rank = kvtc_components(x, fit, p, most, o->randomized, o->seed, s->v));
     if (!(s->z = kv_alloc_array((size_t)held * (size_t)s->rank, sizeof(float), false))) { status = KV_E_NOMEM; goto fail; }
     s->held = held;
@@ -277,6 +294,7 @@ void kvtc_basis_free(kvtc_basis *b)
         if (!s) continue;
         kv_free(s->layer);
         kv_free(s->mean);
+        kv_free(s->unit);
         kv_free(s->v);
         kv_free(s->z);
     }

@@ -15,6 +15,7 @@ typedef struct kvtc_space {
     int   *layer, n_layers, h0, h1;        /* [n_layers] ascending, all global or all sliding; heads [h0, h1) */
     int    p, rank, held;                  /* p: channels of a row, slot by slot: layers in turn, of each its heads */
     float *mean, *v, *z;                   /* [p], [rank][p] (every number an f16), [held][rank]: rows that the basis has not seen; NULL from a file */
+    float *unit;                           /* [p] or NULL: centred channels are divided by it: the same number in all channels of a slot */
 } kvtc_space;
 
 typedef struct kvtc_basis {

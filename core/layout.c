@@ -41,7 +41,7 @@ static const kv_layout_entry layout[] = {
         FIELD(kv_calib_info, skip) FIELD(kv_calib_info, n_sample) FIELD(kv_calib_info, without)
     STRUCT(kv_kvtc_options) FIELD(kv_kvtc_options, ratio_k) FIELD(kv_kvtc_options, ratio_v) FIELD(kv_kvtc_options, seed)
         FIELD(kv_kvtc_options, layers) FIELD(kv_kvtc_options, heads) FIELD(kv_kvtc_options, rank) FIELD(kv_kvtc_options, rows)
-        FIELD(kv_kvtc_options, keep_rope) FIELD(kv_kvtc_options, randomized) FIELD(kv_kvtc_options, types) FIELD(kv_kvtc_options, bits)
+        FIELD(kv_kvtc_options, keep_rope) FIELD(kv_kvtc_options, equal) FIELD(kv_kvtc_options, randomized) FIELD(kv_kvtc_options, types) FIELD(kv_kvtc_options, bits)
         FIELD(kv_kvtc_options, lagrange)
     STRUCT(kv_sampler_params) FIELD(kv_sampler_params, temperature) FIELD(kv_sampler_params, top_p)
         FIELD(kv_sampler_params, seed) FIELD(kv_sampler_params, top_k) FIELD(kv_sampler_params, reserved)

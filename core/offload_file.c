@@ -2,7 +2,7 @@
  *
  *   kvtc          text: what the caller says
  *                 page 0  shape, below; then for keys, then values, for each group of slots four pages:
- *                         mean f32 [p]  |  blocks u32, fixed u32, rank u32, 0 | size u16, type u16 [blocks] | step f32 [rank], fixed only
+ *                         mean f32 [p], unit f32 [p] if there is one  |  blocks u32, fixed u32, rank u32, 0 | size u16, type u16 [blocks] | step f32 [rank], fixed only
  *                         basis f16 [rank][p]  |  bank of rANS tables
  *   offload       text: what the caller says
  *                 page 0  counts, below   page 1  blocks: first token, tokens i32   page 2  tokens i32
@@ -63,9 +63,11 @@ static int table_page(const kvtc_group *g, int page, uint8_t **out, size_t *n)
 {
     const size_t p = (size_t)g->space->p, cells = (size_t)g->plan.rank * p;
     if (page == 1) return plan_page(g, out, n);
-    *n = page == 0 ? 4 * p : page == 2 ? 2 * cells : kv_rans_write(g->bank, NULL, 0);
+    const size_t unit = g->space->unit ? 4 * p : 0;
+    *n = page == 0 ? 4 * p + unit : page == 2 ? 2 * cells : kv_rans_write(g->bank, NULL, 0);
     if (!(*out = kv_alloc(*n + 1))) return KV_E_NOMEM;
-    if (page == 0) memcpy(*out, g->space->mean, *n);
+    if (page == 0) memcpy(*out, g->space->mean, 4 * p);
+    if (page == 0 && unit) memcpy(*out + 4 * p, g->space->unit, unit);
     for (size_t i = 0; page == 2 && i < cells; i++) kv_store_u16(*out + 2 * i, kv_f32_to_f16(g->space->v[i]));
     if (page == 3) kv_rans_write(g->bank, *out, *n);
     return KV_OK;
@@ -129,10 +131,15 @@ static int read_whole(const kv_pack *p, int part, int page, uint8_t **out, size_
 
 static int read_mean(kvtc_space *s, const uint8_t *x, size_t n, const char *name)
 {
-    RETURN_ERROR_IF(n != 4 * (size_t)s->p, KV_E_CORRUPT, "file '%s': a mean of %zu bytes for rows of %d numbers", name, n, s->p);
-    if (!(s->mean = kv_alloc(n))) return KV_E_NOMEM;
-    memcpy(s->mean, x, n);
-    for (int i = 0; i < s->p; i++) RETURN_ERROR_IF(!isfinite(s->mean[i]), KV_E_CORRUPT, "file '%s': mean[%d] = %g is not finite", name, i, (double)s->mean[i]);
+    const size_t half = 4 * (size_t)s->p;
+    RETURN_ERROR_IF(n != half && n != 2 * half, KV_E_CORRUPT, "file '%s': a mean of %zu bytes for rows of %d numbers", name, n, s->p);
+    if (!(s->mean = kv_alloc(half)) || (n > half && !(s->unit = kv_alloc(half)))) return KV_E_NOMEM;
+    memcpy(s->mean, x, half);
+    if (s->unit) memcpy(s->unit, x + half, half);
+    for (int i = 0; i < s->p; i++) {
+        RETURN_ERROR_IF(!isfinite(s->mean[i]), KV_E_CORRUPT, "file '%s': mean[%d] = %g is not finite", name, i, (double)s->mean[i]);
+        RETURN_ERROR_IF(s->unit && !(s->unit[i] >= 1e-20f && isfinite(s->unit[i])), KV_E_CORRUPT, "file '%s': unit[%d] = %g is not a positive number", name, i, (double)s->unit[i]);
+    }
     return KV_OK;
 }
 

@@ -4,7 +4,7 @@
 --   kelvin lua experiments/kvtc.lua text=FILE calib=FILE [model=smollm2-135m] [context=1024] [score=96] [chunks=6] [rows=6144]
 --          [only=presets,types,...] [threads=N] [out=DIR] [name=NAME]
 --
--- groups (only=): presets, budget (keys against values), types, window, sinks, stage, layers, rope, rows, svd.  Every arm of a group stands
+-- groups (only=): presets, budget (keys against values), types, window, sinks, stage, layers, rope, weight, rows, svd.  Every arm of a group stands
 -- on `base`: kvtc-16x, all layers and heads in one basis, sinks 4, window 128, deflate.  Ratios count everything: coded
 -- tokens with their headers and index; then with sinks and window; then with the tables, once.
 local kv = require "kelvin"
@@ -31,7 +31,8 @@ local context, n_score, n_chunks, n_rows = number "context", number "score", num
 -- ---- arms: tables = what kv.kvtc takes beside the basis, basis = what makes one, offload = what kv.offload takes
 local arms = {}
 local function arm(group, name, settings)
-  local a = { group = group, name = name, basis = settings.basis or {}, tables = settings.tables or { ratio = 16 }, offload = { sink = 4, window = 128, cadence = 16, block = 64, stage = "zlib" } }
+  local a = { group = group, name = name, chunks = settings.chunks, basis = settings.basis or {}, tables = settings.tables or { ratio = 16 } }
+  a.offload = { sink = 4, window = 128, cadence = 16, block = 256, stage = "zlib" }
   for k, v in pairs(settings.offload or {}) do a.offload[k] = v end
   arms[#arms + 1] = a
 end
@@ -58,11 +59,15 @@ for _, ratio in ipairs { 16, 64 } do
   for _, s in ipairs { 0, 1, 4, 16 } do arm("sinks", ("sinks %d, %dx"):format(s, ratio), { tables = { ratio = ratio }, offload = { sink = s } }) end
   arm("rope", ("RoPE undone, %dx"):format(ratio), { tables = { ratio = ratio } })
   arm("rope", ("keys as cached, %dx"):format(ratio), { basis = { rope = false }, tables = { ratio = ratio } })
+  for _, t in ipairs { "paper", "fine" } do
+    arm("weight", ("%s, as published, %dx"):format(t, ratio), { tables = { ratio = ratio, types = t } })
+    arm("weight", ("%s, slots of equal weight, %dx"):format(t, ratio), { basis = { equal = true }, tables = { ratio = ratio, types = t } })
+  end
 end
 for _, s in ipairs { "raw", "zlib 1", "zlib 6", "zlib 9", "lzma 6", "rans", "smallest" } do
   local stage, level = s:match "^(%a+) ?(%d*)$"
   for _, types in ipairs { "paper", "fine" } do
-    arm("stage", ("%s, %s"):format(s, types), { tables = { ratio = 16, types = types }, offload = { stage = stage, level = tonumber(level) } })
+    arm("stage", ("%s, %s"):format(s, types), { tables = { ratio = 16, types = types }, offload = { stage = stage, level = tonumber(level) }, chunks = 2 })          -- the same rows at other sizes
   end
 end
 arm("layers", "1 layer, 1 head", { basis = { layers = 1, heads = 1 } })
@@ -103,28 +108,37 @@ for c = 1, n_chunks do
 end
 
 local exp, log = math.exp, math.log
-local function log_sum(z, n)
-  local top, best, sum = -math.huge, 0, 0
-  for i = 0, n - 1 do if z[i] > top then top, best = z[i], i end end
-  for i = 0, n - 1 do sum = sum + exp(z[i] - top) end
-  return top + log(sum), best
+local function largest(z, n)
+  local top, at = -math.huge, 0
+  for i = 0, n - 1 do if z[i] > top then top, at = z[i], i end end
+  return top, at
 end
--- Of position t of both [positions, vocab] tensors: sum of p (z - y) less the difference of the log sums, and whether the top is the same.
+-- Of each position of [positions, vocab] tensors: sum of p (z - y) less the difference of the logarithms of the sums; how often the
+-- likeliest token is the same.  The tensors are used once more at the end: what only a pointer leads to is Lua's to free.
 local function divergence(reference, got, n, vocab)
-  local out, same = {}, 0
+  local out, same, from, to = {}, 0, reference:_data(), got:_data()
   for t = 0, n - 1 do
-    local z, y = reference + t * vocab, got + t * vocab
-    local lz, top = log_sum(z, vocab)
-    local ly, top_y = log_sum(y, vocab)
-    local sum = 0
+    local z, y = from + t * vocab, to + t * vocab
+    local top_z, at_z = largest(z, vocab)
+    local top_y, at_y = largest(y, vocab)
+    local sum_z, sum_y, sum = 0, 0, 0
     for i = 0, vocab - 1 do
-      local lp = z[i] - lz
-      if lp > -30 then sum = sum + exp(lp) * (lp - (y[i] - ly)) end
+      local p = exp(z[i] - top_z)
+      sum_z, sum_y, sum = sum_z + p, sum_y + exp(y[i] - top_y), sum + p * (z[i] - y[i])
     end
-    out[t + 1] = sum
-    if top == top_y then same = same + 1 end
+    out[t + 1] = sum / sum_z - log(sum_z) - top_z + log(sum_y) + top_y
+    if at_z == at_y then same = same + 1 end
   end
-  return out, same
+  return out, same, reference, got
+end
+
+local function energies(x, want, n)
+  local a, b, wrong, all = x:_data(), want:_data(), 0, 0
+  for i = 0, n - 1 do
+    wrong = wrong + (a[i] - b[i]) ^ 2
+    all = all + b[i] ^ 2
+  end
+  return wrong, all, x, want
 end
 
 -- Relative squared error of coded rows, over layers and heads together (keys at their positions: RoPE keeps distances).
@@ -136,11 +150,9 @@ local function row_error(chunk, off, side)
     for l = 1, model.n_layers do
       if model:layer(l).sliding_window == 0 then
         for h = 1, model.n_kv_heads do
-          local got, want = x:select(1, l):select(1, h):_data(), chunk.session:read { layer = l, head = h, side = side, first = first, last = last }:_data()
-          for i = 0, n - 1 do
-            wrong = wrong + (got[i] - want[i]) ^ 2
-            all = all + want[i] ^ 2
-          end
+          local want = chunk.session:read { layer = l, head = h, side = side, first = first, last = last }
+          local e, d = energies(x:select(1, l):select(1, h), want, n)
+          wrong, all = wrong + e, all + d
         end
       end
     end
@@ -163,7 +175,9 @@ end
 
 -- ---- measuring.  Arms of one basis follow each other; one basis is kept at a time.
 local rows = {}
-local function key_of(b) return kv.json.encode { layers = b.layers or 0, heads = b.heads or 0, rank = b.rank or 0, rows = b.rows or 0, rope = b.rope ~= false, svd = b.svd or "gram" } end
+local function key_of(b)
+  return kv.json.encode { layers = b.layers or 0, heads = b.heads or 0, rank = b.rank or 0, rows = b.rows or 0, rope = b.rope ~= false, equal = b.equal == true, svd = b.svd or "gram" }
+end
 local by_basis, order = {}, {}
 for i, a in ipairs(arms) do
   a.index, a.klds, a.means, a.same, a.bytes, a.ratio, a.seconds = i, {}, {}, 0, {}, {}, { encode = 0, restore = 0 }
@@ -184,28 +198,29 @@ local function measure_chunk(a, tables, c, chunk)
   local t1 = kv.now()
   local back = off:restore(model:session { max_tokens = context + n_score })
   local t2 = kv.now()
-  a.seconds.encode, a.seconds.restore = a.seconds.encode + (t1 - t0) / n_chunks, a.seconds.restore + (t2 - t1) / n_chunks
+  a.seconds.encode, a.seconds.restore = a.seconds.encode + (t1 - t0) / a.chunks, a.seconds.restore + (t2 - t1) / a.chunks
   back:feed(chunk.tail, { logits = "all" })
   chunk.reference = chunk.reference or chunk.session:fork():feed(chunk.tail, { logits = "all" }):logits()
-  local klds, same = divergence(chunk.reference:_data(), back:logits():_data(), n_score, model.n_vocab)
+  local klds, same = divergence(chunk.reference, back:logits(), n_score, model.n_vocab)
   for _, v in ipairs(klds) do a.klds[#a.klds + 1] = v end
   a.means[c] = mean_of(klds)
   a.same = a.same + same
   local b, r = off:bytes(), off:ratio()
-  for k, v in pairs { codes = b.codes, exact = b.exact, index = b.state, tables = b.shared } do a.bytes[k] = (a.bytes[k] or 0) + v / n_chunks end
-  for k, v in pairs(r) do a.ratio[k] = (a.ratio[k] or 0) + v / n_chunks end
+  for k, v in pairs { codes = b.codes, exact = b.exact, index = b.state, tables = b.shared } do a.bytes[k] = (a.bytes[k] or 0) + v / a.chunks end
+  for k, v in pairs(r) do a.ratio[k] = (a.ratio[k] or 0) + v / a.chunks end
   if c == 1 then a.error_k, a.error_v = row_error(chunk, off, "k"), row_error(chunk, off, "v") end
 end
 
 local function measure(a, tables)
-  for c, chunk in ipairs(chunks) do
-    measure_chunk(a, tables, c, chunk)
+  a.chunks = math.min(a.chunks or n_chunks, n_chunks)
+  for c = 1, a.chunks do
+    measure_chunk(a, tables, c, chunks[c])
     collectgarbage()                                   -- sessions and logits are large, and Lua does not see their size
   end
   table.sort(a.klds)
   local function quantile(q) return a.klds[math.max(1, math.ceil(q * #a.klds))] end
   rows[a.index] = {
-    group = a.group, arm = a.name, basis = a.basis, tables = a.tables, offload = a.offload, model = model.name, context = context, n_scored = #a.klds, chunks = n_chunks,
+    group = a.group, arm = a.name, basis = a.basis, tables = a.tables, offload = a.offload, model = model.name, context = context, n_scored = #a.klds, chunks = a.chunks,
     kld = { mean = mean_of(a.klds), se = error_of(a.means), median = quantile(0.5), p95 = quantile(0.95), p99 = quantile(0.99), max = a.klds[#a.klds] }, same_top1 = a.same / #a.klds,
     ratio = a.ratio, bytes = a.bytes, rank_k = tables.rank_k, rank_v = tables.rank_v, error_k = a.error_k, error_v = a.error_v, seconds = a.seconds,
   }

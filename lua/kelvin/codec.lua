@@ -452,6 +452,10 @@ function M.list(name, o)
   for _, n in ipairs(order) do
     if not families[n] then rows[#rows + 1] = { name = n, kind = "preset", family = presets[n].family, about = presets[n].about, source = presets[n].source } end
   end
+  -- What codes whole tokens cannot be a page's codec, but whoever looks for the name finds it here.
+  for _, row in ipairs(require("kelvin.kvtc").list()) do
+    if not families[row.name] and not presets[row.name] then rows[#rows + 1] = row end
+  end
   return setmetatable(rows, { __tostring = function(t)
     local out = {}
     for i, r in ipairs(t) do out[i] = ("  %-18s %-7s %-7s %s"):format(r.name, r.kind, r.kind == "preset" and r.family or "", r.about) end
@@ -518,6 +522,11 @@ end
 -- of a page at a geometry, and where it comes from.
 function M.describe(name, o)
   o = o or {}
+  load()
+  if not families[name] and not presets[name] then
+    local d = require("kelvin.kvtc").describe(name)
+    if d then return d end
+  end
   local c = M.new(name)
   local f = families[c.family]
   local head_dim, page_tokens = o.head_dim or 64, o.page_tokens or M.PAGE_TOKENS

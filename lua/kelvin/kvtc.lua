@@ -22,15 +22,51 @@ for _, n in ipairs { 8, 16, 20, 32, 64 } do M.presets[("kvtc-%dx"):format(n)] = 
 for _, name in ipairs { "k1v3", "k2v3", "k2v4", "k3v4", "k4v2", "k4v6" } do
   M.presets["kvtc-" .. name] = { ratio_k = 16 / tonumber(name:sub(2, 2)), ratio_v = 16 / tonumber(name:sub(4, 4)) }
 end
-function M.preset_names()
+local function sorted_presets()
   local names = {}
   for name in pairs(M.presets) do names[#names + 1] = name end
-  table.sort(names)
-  return table.concat(names, ", ")
+  table.sort(names, function(a, b)
+    local x, y = tonumber(a:match "^kvtc%-(%d+)x$"), tonumber(b:match "^kvtc%-(%d+)x$")
+    if x and y then return x < y end
+    return a < b
+  end)
+  return names
+end
+function M.preset_names() return table.concat(sorted_presets(), ", ") end
+
+local SOURCE = "KVTC, arXiv 2511.01815"
+local function in_words(name)
+  local p = M.presets[name]
+  return p.ratio_k == p.ratio_v and ("KVTC over all layers and heads, %g times smaller than f16 before the lossless stage"):format(p.ratio_k)
+    or ("KVTC over all layers and heads, keys %g and values %g bits before the lossless stage"):format(16 / p.ratio_k, 16 / p.ratio_v)
+end
+
+--- Rows for kelvin.codec's list.
+function M.list()
+  local rows = {}
+  for i, name in ipairs(sorted_presets()) do rows[i] = { name = name, kind = "offload", family = "kvtc", about = in_words(name), source = SOURCE } end
+  return rows
+end
+
+--- A preset in words, or nil.
+function M.describe(name)
+  if not M.presets[name] then return nil end
+  local p = M.presets[name]
+  return setmetatable({ name = name, kind = "offload", about = in_words(name), source = SOURCE, ratio_k = p.ratio_k, ratio_v = p.ratio_v }, { __tostring = function()
+    return ([[
+%s(ratio_k=%.4g,ratio_v=%.4g)
+  %s
+  source: %s
+  can: keys and values of whole tokens, in blocks of tokens that are read alone; needs a calibration; no attention on codes, so it is for
+    sessions that leave memory and come back: kv.offload, kv.save, kelvin cache make --offload %s; not for --arm
+  parameters: kv.kvtc{ ratio_k, ratio_v, layers, heads, rank, rows, rope, equal, svd, types, bits, allocate }, kv.offload{ sink, window, cadence, block, stage, level }
+  bytes: docs/formats.md, "KVTC tables and offloaded sessions in a file"]]):format(name, p.ratio_k, p.ratio_v, in_words(name), SOURCE, name)
+  end })
 end
 
 local function choice(o, key, words, default)
-  local got = o[key] == nil and default or o[key]
+  local got = o[key]
+  if got == nil then got = default end
   if words[got] ~= nil then return words[got] end
   local names = {}
   for name in pairs(words) do names[#names + 1] = tostring(name) end
@@ -38,7 +74,7 @@ local function choice(o, key, words, default)
   check.fail("kv.kvtc: %s='%s' is none of %s", key, tostring(got), table.concat(names, ", "))
 end
 
-local keys = { calib = 1, basis = 1, ratio = 1, ratio_k = 1, ratio_v = 1, layers = 1, heads = 1, rank = 1, rows = 1, rope = 1, svd = 1, seed = 1, types = 1, bits = 1, allocate = 1 }
+local keys = { calib = 1, basis = 1, ratio = 1, ratio_k = 1, ratio_v = 1, layers = 1, heads = 1, rank = 1, rows = 1, rope = 1, equal = 1, svd = 1, seed = 1, types = 1, bits = 1, allocate = 1 }
 
 local function wrap(h, model, about)
   local n, rk, rv = ffi.new "double[1]", ffi.new "int[1]", ffi.new "int[1]"
@@ -47,12 +83,13 @@ local function wrap(h, model, about)
 end
 
 doc("kv.kvtc", [[
-  kv.kvtc{ calib = | basis =, ratio = 16, ratio_k =, ratio_v =, layers = 0, heads = 0, rank = 0, rows = 0, rope = true, svd = "gram",
-           types = "paper", bits =, allocate = "dp", seed = 1 } -> tables
+  kv.kvtc{ calib = | basis =, ratio = 16, ratio_k =, ratio_v =, layers = 0, heads = 0, rank = 0, rows = 0, rope = true, equal = false,
+           svd = "gram", types = "paper", bits =, allocate = "dp", seed = 1 } -> tables
   The basis and the bits of every component, from a calibration (kv.calibrate{ rows = 2048 }: no more components than three quarters
   of its rows).  basis: other tables, whose basis serves another ratio or other types.  ratio: f16 bytes over coded ones, before
   the lossless stage, of keys and values apart if wished.  layers, heads: how many share a basis, 0 for all.  rank, rows: fewer
-  components or calibration rows.  rope: keys before RoPE (false: as cached).  svd: "gram" or "randomized" (8 iterations, from seed).
+  components or calibration rows.  rope: keys before RoPE (false: as cached).  equal: rows of every layer and head scaled to the same
+  mean square, so that small ones count as much as large ones (not in the paper).  svd: "gram" or "randomized" (8 iterations, from seed).
   types: "paper" (0, 2, 4, 8 bits in blocks with shift and scale), "fine" (0 to 8, calibrated steps), "e4m3" (FP8 for 8 bits),
   "uniform" (`bits` or nothing), "truncate" (8 bits or nothing).  allocate: "dp" (every number of bits) or "lagrange".
   t.bytes, t.rank_k, t.rank_v; kv.save(path, t) and kv.load(path, { model = }).]])
@@ -68,14 +105,15 @@ function M.new(o)
   for key, v in pairs(numbers) do check.that(type(v) == "number" and v >= 0 and v < 2 ^ 31, "kv.kvtc: %s=%s is not a number from 0", key, tostring(v)) end
   local options = ffi.new("kv_kvtc_options", numbers)
   options.keep_rope = choice(o, "rope", { [true] = 0, [false] = 1 }, true)
+  options.equal = choice(o, "equal", { [true] = 1, [false] = 0 }, false)
   options.randomized = choice(o, "svd", { gram = 0, randomized = 1 }, "gram")
   options.types = kind
   options.lagrange = choice(o, "allocate", { dp = 0, lagrange = 1 }, "dp")
   local h = K.handle("kv_kvtc", C.kv_kvtc_free, function(out) return C.kv_kvtc_new(out, not like and calib._c or nil, like and like._k or nil, options) end)
   local about = { types = o.types or "paper", allocate = o.allocate or "dp", ratio_k = numbers.ratio_k, ratio_v = numbers.ratio_v }
   for _, key in ipairs { "layers", "heads", "rank", "rows", "seed" } do about[key] = like and like.about[key] or numbers[key] end
-  if like then about.rope, about.svd, about.calibration = like.about.rope, like.about.svd, like.about.calibration
-  else about.rope, about.svd, about.calibration = o.rope ~= false, o.svd or "gram", calib.sha256 end
+  if like then about.rope, about.equal, about.svd, about.calibration = like.about.rope, like.about.equal, like.about.svd, like.about.calibration
+  else about.rope, about.equal, about.svd, about.calibration = o.rope ~= false, o.equal == true, o.svd or "gram", calib.sha256 end
   return wrap(h, calib.model, about)
 end
 
@@ -96,7 +134,7 @@ end
 doc("kv.offload", [[
   kv.offload{ session =, codec = "kvtc-16x" | kv.kvtc{...}, calib =, sink = 4, window = 128, cadence = 16, block = 64, stage = "smallest", level = } -> offload
   Compresses a session's tokens, all but the first `sink` and the last `window` to window - cadence + 1 (whole cadences leave), which
-  stay f16.  stage: raw, zlib (level 1..9), lzma (level 0..9), rans or smallest; each block of tokens is coded alone.
+  stay f16.  stage: raw (packed bits), zlib (level 1..9), lzma (level 0..9), rans or smallest; each block of tokens is coded alone.
   codec: kvtc-8x, -16x, -20x, -32x, -64x, kvtc-k1v3, -k2v3, -k2v4, -k3v4, -k4v2, -k4v6, made of calib, or tables.
   o:restore(empty session) -> session   o:extend(session): the session, gone on: what left the window since becomes blocks of its own
   o:read(side, block) -> tensor [layers, heads, tokens, dim]   o:range(block) -> first token, last token
@@ -116,7 +154,7 @@ function M.offload(o)
   local coded = leaving(n, sink, window, cadence)
   check.that(coded > 0, "kv.offload: of %d tokens none leaves sink=%d and window=%d", n, sink, window)
   local h = K.handle("kv_offload", C.kv_offload_free, function(out)
-    return C.kv_offload_new(out, tables._k, o.session._s, sink, n - sink - coded, block, o.stage or "smallest", o.level or -1)
+    return C.kv_offload_new(out, tables._k, o.session._s, sink, n - sink - coded, block, o.stage == "packed" and "raw" or o.stage or "smallest", o.level or -1)
   end)
   local ids = {}
   for i, id in ipairs(o.session.ids) do ids[i] = id end

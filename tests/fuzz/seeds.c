@@ -1,10 +1,11 @@
-/* seeds.c -- small whole files for the targets to start from: blocks, caches, indexes, an artifact, pages and streams.
+/* seeds.c -- small whole files for the targets to start from: blocks, caches, indexes, KVTC, an artifact, pages and streams.
  *
  *   seeds FOLDER      writes FOLDER/fuzz_NAME/...; models come from make_gguf_seeds.lua */
 #include <stdio.h>
 #include <sys/stat.h>
 #include "fuzz.h"
 #include "index.h"
+#include "offload.h"
 
 enum { N = 19, HEADS = 2 };
 static const char *const stages[] = { "raw", "zlib", "lzma", "rans", "smallest" };
@@ -126,6 +127,37 @@ static void artifact(void)
     kv_calib_free(c);
 }
 
+/* Tables of every kind, and a session of 30 tokens as it would lie in a file: 2 sinks, blocks of 7, a window. */
+static void kvtc(int i)
+{
+    static kv_model m;
+    enum { ROWS = 64, TOKENS = 30, SINK = 2, CODED = 20, BLOCK = 7 };
+    kv_calib *c;
+    kv_kvtc *k;
+    int32_t tokens[TOKENS] = { 1, 2, 3 };
+    uint16_t exact[2 * (TOKENS - CODED) * CALIB_D] = { 0 };
+    offload_block block[3] = { { 2, 7 }, { 9, 7 }, { 16, 6 } };
+    kvtc_payload part[6] = { 0 };
+    calib_model(&m);
+    must(kv_calib_alloc(&c, &m, ROWS));
+    c->n_sample = ROWS;
+    for (int side = 0; side < 2; side++)
+        for (int n = 0; n < ROWS * CALIB_D; n++) c->sample[side][n] = kv_f32_to_f16(rows[n % (HEADS * N * CACHE_D)] * (float)(1 + n % CALIB_D));
+    must(kv_kvtc_new(&k, c, NULL, &(kv_kvtc_options){ .ratio_k = 2, .ratio_v = 3, .types = i, .bits = 4, .equal = i % 2, .keep_rope = i == 1, .randomized = i == 2, .lagrange = i == 3 }));
+    must(kv_kvtc_save(k, seed("fuzz_kvtc", "tables", "", i), "{}", stages[i % 5], -1));
+    for (int b = 0; b < 6; b++) {
+        float x[BLOCK * CALIB_D];
+        memcpy(x, rows + b * BLOCK * CALIB_D, sizeof x);
+        must(kvtc_encode_rows(&k->group[b % 2][0], x, block[b / 2].n, b % 4, KV_LEVEL_DEFAULT, &part[b]));
+    }
+    const kv_offload o = { k, TOKENS, SINK, CODED, BLOCK, 3, TOKENS - CODED, KV_STAGE_ZLIB, KV_LEVEL_DEFAULT, block, part, exact };
+    must(kv_offload_save(&o, seed("fuzz_kvtc", "offload", "", i), tokens, "{}", i % 2 ? "{}" : NULL));
+    must(kv_offload_save(&o, seed("fuzz_container", "offload", "", i), tokens, "{}", "{}"));
+    for (int b = 0; b < 6; b++) kv_free(part[b].data);
+    kv_kvtc_free(k);
+    kv_calib_free(c);
+}
+
 static void streams(void)
 {
     static uint8_t src[3000], x[8192];
@@ -181,6 +213,7 @@ int main(int argc, char **argv)
         kv_codec_free(c[1]);
     }
     artifact();
+    for (int i = 0; i < 4; i++) kvtc(i);
     streams();
     return 0;
 }

@@ -42,7 +42,7 @@ describe("kv.offload", function()
 
   it("gives the same rows from every stage, and smallest is the smallest", function()
     local first, least, size = nil, math.huge, nil
-    for _, stage in ipairs { "raw", "zlib", "lzma", "rans", "smallest" } do
+    for _, stage in ipairs { "raw", "packed", "zlib", "lzma", "rans", "smallest" } do
       local o = kv.offload { session = s, codec = tables, window = 16, stage = stage }
       local x = o:read("k", 1)
       first = first or x
@@ -79,8 +79,8 @@ describe("kv.offload", function()
       local want = kv.tensor.zeros(x:shape())
       for l = 1, m.n_layers do
         for h = 1, m.n_kv_heads do
-          local from, to, n = rows(s, l, h, "v", 5, 4 + x:shape()[3]):_data(), want:select(1, l):select(1, h):_data(), x:shape()[3] * m.head_dim
-          for i = 0, n - 1 do to[i] = from[i] end
+          local from, to = rows(s, l, h, "v", 5, 4 + x:shape()[3]), want:select(1, l):select(1, h)
+          for t = 1, x:shape()[3] do for d = 1, m.head_dim do to:set(t, d, from:get(t, d)) end end
         end
       end
       return kv.compare(want, x).rel_mse
@@ -182,6 +182,26 @@ describe("kv.offload", function()
       assert.is_true(lost(few) < 0.9 * lost(cached), ("%s: %g undone, %g as cached"):format(file, lost(few), lost(cached)))
     end
     os.remove(path)
+  end)
+
+  it("counts layers and heads equally if asked, and a file keeps it", function()
+    local path = os.tmpname()
+    local t = kv.kvtc { calib = calib, ratio = 8, types = "fine", equal = true }
+    local o = kv.offload { session = s, codec = t, window = 16, block = 200 }
+    kv.save(path, o)
+    local again = kv.load(path, { model = m })
+    assert.are.equal(t.bytes, again.tables.bytes)
+    assert.are.equal(0, kv.compare(o:read("v", 1), again:read("v", 1)).max_abs)
+    os.remove(path)
+    local x = o:read("v", 1)
+    assert.is_true(kv.compare(rows(s, 1, 1, "v", 5, 4 + x:shape()[3]), x:select(1, 1):select(1, 1)).rel_mse < 0.2)
+  end)
+
+  it("is found among the codecs, with what it is for", function()
+    local found
+    for _, row in ipairs(kv.codec.list()) do found = found or row.name == "kvtc-16x" and row end
+    assert.are.equal("offload", found.kind)
+    assert.matches("not for %-%-arm", tostring(kv.codec.describe "kvtc-16x"))
   end)
 
   describe("in files", function()
