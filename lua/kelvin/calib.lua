@@ -16,9 +16,9 @@ Calib.__index, Calib.__name = {}, "calibration"
 Stats.__name = "stats"
 
 local function info(self)
-  local i = ffi.new "kv_calib_info[1]"
+  local i = ffi.new "kv_calib_info"          -- not [1]: what i[0] refers to dies with i
   check(C.kv_calib_get_info(self._c, i))
-  return i[0]
+  return i
 end
 
 local function wrap(model, handle, source)

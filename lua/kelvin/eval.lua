@@ -164,9 +164,9 @@ local function percentile(sorted, q)
 end
 
 local function summary(e, arm, lo, hi, seed, n_boot)
-  local s = ffi.new "kv_kld_summary[1]"
+  local s = ffi.new "kv_kld_summary"          -- not [1]: what s[0] refers to dies with s
   check(C.kv_eval_summary(e, arm, lo, hi, seed, n_boot, s))
-  return s[0]
+  return s
 end
 
 --- Scalars that an exact cache would hold after `context` tokens: a sliding layer keeps its window (PROTOCOL B.5: over what is cached).
