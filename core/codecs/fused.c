@@ -140,19 +140,6 @@ static void fused_fini(kv_codec *c)
     kv_free(s->second);
 }
 
-static void rotate(const kv_codec *c, const float *sign, const float *x, float by, float *out)
-{
-    polar_at_level()->scale_row(x, sign, by, out, c->head_dim);
-    kv_fwht_blocks(out, c->head_dim);
-}
-
-/* out = R^-1(z); z is overwritten */
-static void rotate_back(const kv_codec *c, const float *sign, float *z, float *out)
-{
-    kv_fwht_blocks(z, c->head_dim);
-    polar_at_level()->scale_row(z, sign, 1, out, c->head_dim);
-}
-
 /* ---- rows in the codec's space -------------------------------------------------------------------------------------------- */
 
 static void subspace_row(const fused_state *s, const uint8_t *page, int t, float *out)
@@ -195,10 +182,10 @@ static void leave_space(const kv_codec *c, float *row, float *x)
     const int d = c->head_dim;
     if (s->form == FORM_RESIDUAL) {
         float w[KV_MAX_HEAD_DIM];
-        rotate_back(c, s->second, row + d, w);
+        polar_rotate_back(s->second, c->head_dim, row + d, w);
         for (int i = 0; i < d; i++) row[i] += w[i];
     }
-    rotate_back(c, s->first, row, x);
+    polar_rotate_back(s->first, c->head_dim, row, x);
 }
 
 /* ---- encode and decode ------------------------------------------------------------------------------------------------------ */
@@ -214,7 +201,7 @@ static void encode_residual(const kv_codec *c, uint8_t *page, int t, float *y, i
     polar_norms_put(&s->base.norms, r, e, page + s->base.norm_at + (size_t)t * (size_t)s->base.norms.bytes, page + s->base.side_at + (size_t)t * (size_t)s->base.norms.side_bytes);
     polar_at_level()->rows(&s->base, page, t, 1, base, 0);
     for (int i = 0; i < d; i++) y[i] = (e ? ldexpf(y[i], e) : y[i]) - base[i];
-    rotate(c, s->second, y, 1, w);
+    polar_rotate(s->second, c->head_dim, y, 1, w);
     for (int i = 0; i < d; i++) {
         index[i] = w[i] >= 0;
         base[i] = w[i] >= 0 ? 1.0f : -1.0f;
@@ -263,7 +250,7 @@ static void fused_encode(const kv_codec *c, uint8_t *page, int tok0, int n, cons
         float y[POLAR_ROW];
         const int e = polar_exponent(x, d);
         for (int i = 0; i < d; i++) y[i] = e ? ldexpf(x[i], -e) : x[i];
-        rotate(c, s->first, y, 1, y);
+        polar_rotate(s->first, c->head_dim, y, 1, y);
         (s->form == FORM_RESIDUAL ? encode_residual : encode_subspace)(c, page, t, y, e);
     }
 }
@@ -284,8 +271,8 @@ static void fused_query(const kv_codec *c, const float *q, int64_t ld, int n_q, 
     const fused_state *s = c->state;
     for (int i = 0; i < n_q; i++) {
         float *row = (float *)((uint8_t *)prepared + (size_t)i * c->query_bytes);
-        rotate(c, s->first, q + i * ld, 1, row);
-        if (s->form == FORM_RESIDUAL) rotate(c, s->second, row, 1, row + c->head_dim);
+        polar_rotate(s->first, c->head_dim, q + i * ld, 1, row);
+        if (s->form == FORM_RESIDUAL) polar_rotate(s->second, c->head_dim, row, 1, row + c->head_dim);
     }
 }
 

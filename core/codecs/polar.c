@@ -108,21 +108,7 @@ static void polar_fini(kv_codec *c)
     kv_free(s->sign);
 }
 
-/* out = R(x * by) */
-static void rotate(const kv_codec *c, const float *x, float by, float *out)
-{
-    const polar_state *s = c->state;
-    polar_at_level()->scale_row(x, s->sign, by, out, c->head_dim);
-    if (s->sign) kv_fwht_blocks(out, c->head_dim);
-}
-
-/* out = R^-1(z); z is overwritten */
-static void rotate_back(const kv_codec *c, float *z, float *out)
-{
-    const polar_state *s = c->state;
-    if (s->sign) kv_fwht_blocks(z, c->head_dim);
-    polar_at_level()->scale_row(z, s->sign, 1, out, c->head_dim);
-}
+static const float *sign_of(const kv_codec *c) { return ((const polar_state *)c->state)->sign; }
 
 /* Pairs of radii: the angle's cell by bisection, psi > edge being b cos(edge) > a sin(edge); then the pair's norm. */
 static void join(const float *bound, int upper, float *r, int n, int32_t *index)
@@ -151,7 +137,7 @@ static void polar_encode(const kv_codec *c, uint8_t *page, int tok0, int n, cons
         uint8_t *row = page + (size_t)t * (size_t)f->angle_bytes;
         const int e = polar_exponent(x, d);
         if (e < -60) for (int i = 0; i < d; i++) y[i] = ldexpf(x[i], -e);   /* 2^-e may be no float */
-        rotate(c, e < -60 ? y : x, e < -60 ? 1 : ldexpf(1, -e), y);
+        polar_rotate(sign_of(c), c->head_dim, e < -60 ? y : x, e < -60 ? 1 : ldexpf(1, -e), y);
         polar_at_level()->split(y, d / 2, f->field[0].base, r, index);
         polar_pack(&f->field[0], index, row);
         for (int l = 1; l < f->levels; l++) {
@@ -174,7 +160,7 @@ static void polar_decode(const kv_codec *c, const uint8_t *page, int tok0, int n
     for (int t = tok0; t < tok0 + n; t++, x += ld) {
         float z[POLAR_ROW];
         polar_rows(c, page, t, 1, z, 0);
-        rotate_back(c, z, x);
+        polar_rotate_back(sign_of(c), c->head_dim, z, x);
     }
 }
 
@@ -182,7 +168,7 @@ static void polar_decode(const kv_codec *c, const uint8_t *page, int tok0, int n
 
 static void polar_query(const kv_codec *c, const float *q, int64_t ld, int n_q, void *prepared)
 {
-    for (int i = 0; i < n_q; i++) rotate(c, q + i * ld, 1, (float *)((uint8_t *)prepared + (size_t)i * c->query_bytes));
+    for (int i = 0; i < n_q; i++) polar_rotate(sign_of(c), c->head_dim, q + i * ld, 1, (float *)((uint8_t *)prepared + (size_t)i * c->query_bytes));
 }
 
 static void polar_dot(const kv_codec *c, const uint8_t *page, int n_tokens, const void *prepared, int n_q, float *scores, int64_t ld)
@@ -200,7 +186,7 @@ static void polar_output(const kv_codec *c, const float *acc, int n_q, float *ou
     for (int i = 0; i < n_q; i++) {
         float z[KV_MAX_HEAD_DIM];
         memcpy(z, acc + (size_t)i * (size_t)c->space_dim, sizeof *z * (size_t)c->head_dim);
-        rotate_back(c, z, out + i * ld);
+        polar_rotate_back(sign_of(c), c->head_dim, z, out + i * ld);
     }
 }
 

@@ -77,6 +77,10 @@ typedef struct polar_level {
 const polar_level *polar_at_level(void);
 
 /* Attention on rows of `dim` floats in the codec's space, which `rows` decodes to: what dot and accumulate end in. */
+/* out = R(x * by) and, overwriting z, out = R^-1(z): signs, then Walsh-Hadamard in blocks; nothing where sign is NULL. */
+void polar_rotate(const float *sign, int d, const float *x, float by, float *out);
+void polar_rotate_back(const float *sign, int d, float *z, float *out);
+
 typedef void (*polar_rows_fn)(const kv_codec *c, const uint8_t *page, int tok0, int n, float *out, int ld);
 void polar_dot_rows(const kv_codec *c, polar_rows_fn rows, int dim, const uint8_t *page, int n_tokens, const void *prepared, int n_q, float *scores, int64_t ld);
 void polar_accumulate_rows(const kv_codec *c, polar_rows_fn rows, int dim, const uint8_t *page, int n_tokens, const float *p, int64_t ld, int n_q, float *acc);

@@ -234,6 +234,20 @@ void polar_norms_put(const polar_norms *s, float *r, int e, uint8_t *row, uint8_
     else for (int i = 0; i < n; i++) kv_store_u16(row + 2 * i, polar_f16(r[i]));
 }
 
+/* ---- rotation */
+
+void polar_rotate(const float *sign, int d, const float *x, float by, float *out)
+{
+    polar_at_level()->scale_row(x, sign, by, out, d);
+    if (sign) kv_fwht_blocks(out, d);
+}
+
+void polar_rotate_back(const float *sign, int d, float *z, float *out)
+{
+    if (sign) kv_fwht_blocks(z, d);
+    polar_at_level()->scale_row(z, sign, 1, out, d);
+}
+
 /* ---- attention: a tile of rows stays in the first cache level */
 
 enum { TILE_FLOATS = 4096, TILE_ROWS = 16, TILE_MAX = TILE_ROWS * 2 * KV_MAX_HEAD_DIM };

@@ -60,6 +60,15 @@ static void test_fields(void)
                 }
             }
         }
+    kv_cpu_limit(kv_cpu_simd_max());
+    for (int base = 2; base <= POLAR_BASE_MAX; base++) {                  /* every number of angles there may be */
+        polar_field f;
+        polar_field_init(&f, base, 48);
+        for (int i = 0; i < 48; i++) index[i] = i < 2 ? i * (base - 1) : (int32_t)((uint32_t)(i * 2654435761u) % (uint32_t)base);
+        polar_pack(&f, index, bytes);
+        polar_at_level()->unpack(&f, bytes, back);
+        CHECK(memcmp(index, back, 48 * 4) == 0 && 8 * f.bytes < 48 * log2(base) + 48, "base %d: indices do not come back from %d bytes", base, f.bytes);
+    }
     close_to("3 at 1.6 bits", polar_field_bits(3, 160), 1.6, 1e-9);              /* 5 trits a byte; log2 3 = 1.585 */
     close_to("100 in 20 bits a triple", polar_field_bits(100, 96), 20.0 / 3, 1e-9);
     close_to("192 at 23 bits a triple", polar_field_bits(192, 48), 23.0 / 3, 1e-9);
@@ -99,8 +108,8 @@ static void test_mathematics(void)
 /* 2 (1 - sin(pi/n)/(pi/n)): uniform angles, centred bins, exact radii. */
 static void test_angles(void)
 {
-    static const int n[] = { 16, 24, 32, 48, 64, 100, 128, 192, 256, 300, 512, 1000, 4096 };
-    for (int i = 0; i < 13; i++) {
+    static const int n[] = { 2, 3, 5, 7, 12, 16, 24, 32, 48, 64, 100, 128, 192, 256, 300, 512, 1000, 4096 };
+    for (int i = 0; i < 18; i++) {
         char text[64];
         const double a = M_PI / n[i], want = 2 * (1 - sin(a) / a);
         snprintf(text, sizeof text, "angles=%d,norm=f32", n[i]);
