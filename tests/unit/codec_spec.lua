@@ -71,6 +71,18 @@ describe("kv.codec", function()
     assert.are.equal(2, kv.codec("turboquant-4"):with({ bits = 2 }):value "bits")
   end)
 
+  it("gives a head the same bytes in a batch and alone, from every family and preset", function()
+    local t = kv.tensor.randn { 3, 64, 64, seed = 14 }
+    for _, name in ipairs(require("kelvin.codec").names()) do
+      for _, side in ipairs { "k", "v" } do
+        local c = kv.codec(name)
+        if c.has_tables then c = c:calibrated(t, { side = side }) end
+        local all = c:encode(t, { side = side })
+        for h = 1, 3 do assert.are.equal(c:encode(t:select(1, h), { side = side }):page(1, 1), all:page(h, 1), name) end
+      end
+    end
+  end)
+
   it("round-trips every family and preset to a finite tensor of the same shape", function()
     local t = kv.tensor.randn { 2, 64, 64, seed = 11 }
     for _, name in ipairs(require("kelvin.codec").names()) do
