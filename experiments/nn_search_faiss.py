@@ -12,7 +12,7 @@ os.environ.update(OMP_NUM_THREADS=str(threads), OPENBLAS_NUM_THREADS=str(threads
 import faiss
 import numpy as np
 
-trainers = len(os.sched_getaffinity(0))       # indexes are built on every core that the process may use, and searched on `threads`
+trainers = min(4, max(threads, len(os.sched_getaffinity(0))))     # indexes are built on up to 4 cores, and searched on `threads`
 
 
 def read(name):
