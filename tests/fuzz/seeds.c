@@ -140,7 +140,7 @@ static void kvtc(int i)
     kvtc_payload part[6] = { 0 };
     calib_model(&m);
     must(kv_calib_alloc(&c, &m, ROWS));
-    c->n_sample = ROWS;
+    c->count = c->n_sample = ROWS;
     for (int side = 0; side < 2; side++)
         for (int n = 0; n < ROWS * CALIB_D; n++) c->sample[side][n] = kv_f32_to_f16(rows[n % (HEADS * N * CACHE_D)] * (float)(1 + n % CALIB_D));
     must(kv_kvtc_new(&k, c, NULL, &(kv_kvtc_options){ .ratio_k = 2, .ratio_v = 3, .types = i, .bits = 4, .equal = i % 2, .keep_rope = i == 1, .randomized = i == 2, .lagrange = i == 3 }));
