@@ -55,8 +55,11 @@ function M.eigenvalues(a, n)
   return out
 end
 
---- spectra[l][h]: eigenvalues of the covariance of a side, keys before RoPE.
+--- spectra[l][h]: eigenvalues of the covariance of a side, keys before RoPE; once a calibration, they take seconds.
 local function spectra(calib, side)
+  local known = rawget(calib, "_spectra") or {}
+  calib._spectra = known
+  if known[side] then return known[side] end
   local m, out = calib.model, {}
   local n = m.head_dim
   local a = require("ffi").new("double[?]", n * n)
@@ -71,6 +74,7 @@ local function spectra(calib, side)
       out[l][h] = M.eigenvalues(a, n)
     end
   end
+  known[side] = out
   return out
 end
 
