@@ -129,8 +129,9 @@ asan:
 
 # Under valgrind: the fuzz targets over their seeds (every parser, every codec), then C tests.  It knows no AVX-512, and what it
 # emulates is what the processor says it has, so these run the AVX2 and the plain form; one core, because it runs one thread at a time.
-VALGRIND_TESTS ?= test_json test_gguf
-VALGRIND := OPENBLAS_CORETYPE=Haswell OPENBLAS_NUM_THREADS=1 taskset -c 0 valgrind -q --error-exitcode=9 --leak-check=full --errors-for-leak-kinds=definite
+# Without model files: what they are tested for there is time.
+VALGRIND_TESTS ?= test_rng test_tensor test_gguf test_model test_kvtc test_tokenizer
+VALGRIND := KELVIN_MODELS=/dev/null OPENBLAS_CORETYPE=Haswell OPENBLAS_NUM_THREADS=1 taskset -c 0 valgrind -q --error-exitcode=9 --leak-check=full --errors-for-leak-kinds=definite
 REPLAYS  := $(patsubst tests/fuzz/%.c,%,$(sort $(wildcard tests/fuzz/fuzz_*.c)))
 .PHONY: valgrind
 valgrind: all $(VALGRIND_TESTS:%=$(BUILD)/tests/%) $(REPLAYS:%=$(BUILD)/replay/%) $(BUILD)/replay/seeds
