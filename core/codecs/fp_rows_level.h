@@ -76,7 +76,10 @@ TARGET static int L(values)(int kind, const uint8_t *src, int n, float *dst)
     return i;
 }
 
-/* ---- the three loops, with constant kind in every copy */
+/* ---- the three loops, with constant kind in every copy.  n_q: queries that a copy is made for, n_out of them are there: two go
+ * with the copy for three, and columns besides whole tiles with that for four (a missing query is the last one again). */
+
+#define AT(g) ((g) < n_out ? (g) : n_out - 1)
 
 INLINE void L(decode_rows)(int kind, const fp_rows *r, const uint8_t *rows, int n_rows, const float *scale, float *x, int64_t ld)
 {
@@ -91,7 +94,7 @@ INLINE void L(decode_rows)(int kind, const fp_rows *r, const uint8_t *rows, int 
         }
 }
 
-INLINE void L(dot_rows)(int kind, bool scaled, int n_q, const fp_rows *r, const uint8_t *rows, int n_rows, const float *scale, const float *factor,
+INLINE void L(dot_rows)(int kind, bool scaled, int n_q, int n_out, const fp_rows *r, const uint8_t *rows, int n_rows, const float *scale, const float *factor,
                         const float *q, int64_t q_ld, float *y, int64_t y_ld)
 {
     const L(book) b = L(open)(kind, r);
@@ -104,13 +107,14 @@ INLINE void L(dot_rows)(int kind, bool scaled, int n_q, const fp_rows *r, const 
                 const L(vf) s = scaled ? L(set)(scale[(t + j) * r->n_groups + k]) : L(zero)();
                 for (const int end = scaled ? kv_min(i + r->group, r->cols) : r->cols; i < end; i += LANES) {
                     const L(vf) c = L(codes)(kind, &b, rows, i), v = scaled ? L(mul)(c, s) : c;
-                    for (int g = 0; g < n_q; g++) a[g] = L(fma)(v, L(load)(q + g * q_ld + i), a[g]);
+                    for (int g = 0; g < n_q; g++) a[g] = L(fma)(v, L(load)(q + AT(g) * q_ld + i), a[g]);
                 }
             }
             for (int g = 0; g < n_q; g++) part[g][j] = a[g];
         }
         const L(vf) own = n == LANES ? L(load)(factor + t) : L(load_part)(factor + t, n), f = kind == FP_E4M3 ? L(mul)(own, L(set)(256)) : own;
         for (int g = 0; g < n_q; g++) {
+            if (g >= n_out) break;
             for (int j = n; j < LANES; j++) part[g][j] = L(zero)();
             const L(vf) s = L(mul)(L(hsum)(part[g]), f);
             if (n == LANES) L(store)(y + g * y_ld + t, s);
@@ -120,13 +124,13 @@ INLINE void L(dot_rows)(int kind, bool scaled, int n_q, const fp_rows *r, const 
 }
 
 /* width registers of columns from i on; w[g][t] holds the row's factor. */
-INLINE void L(accumulate_cols)(int kind, bool scaled, int n_q, int width, const fp_rows *r, const uint8_t *rows, int n_rows, int i, const float *scale,
+INLINE void L(accumulate_cols)(int kind, bool scaled, int n_q, int n_out, int width, const fp_rows *r, const uint8_t *rows, int n_rows, int i, const float *scale,
                                const float (*w)[FP_TILE], float *acc, int64_t acc_ld)
 {
     const L(book) b = L(open)(kind, r);
     L(vf) a[4][4];
     for (int g = 0; g < n_q; g++)
-        for (int k = 0; k < width; k++) a[g][k] = L(load)(acc + g * acc_ld + i + k * LANES);
+        for (int k = 0; k < width; k++) a[g][k] = L(load)(acc + AT(g) * acc_ld + i + k * LANES);
     int group[4];
     for (int k = 0; k < width; k++) group[k] = scaled ? (i + k * LANES) / r->group : 0;
     for (int t = 0; t < n_rows; t++, rows += r->row_bytes) {
@@ -136,15 +140,30 @@ INLINE void L(accumulate_cols)(int kind, bool scaled, int n_q, int width, const 
             if (scaled) v[k] = L(mul)(v[k], L(set)(scale[t * r->n_groups + group[k]]));
         }
         for (int g = 0; g < n_q; g++) {
-            const L(vf) p = L(set)(w[g][t]);
+            const L(vf) p = L(set)(w[AT(g)][t]);
             for (int k = 0; k < width; k++) a[g][k] = L(fma)(p, v[k], a[g][k]);
         }
     }
-    for (int g = 0; g < n_q; g++)
-        for (int k = 0; k < width; k++) L(store)(acc + g * acc_ld + i + k * LANES, a[g][k]);
+    for (int g = 0; g < n_q; g++)            /* a constant count and a condition: sums stay in registers */
+        for (int k = 0; k < width && g < n_out; k++) L(store)(acc + g * acc_ld + i + k * LANES, a[g][k]);
 }
 
-INLINE void L(accumulate_rows)(int kind, bool scaled, int n_q, const fp_rows *r, const uint8_t *rows, int n_rows, const float *scale, const float *factor,
+#define REST(kind, scaled, name) \
+    TARGET static __attribute__((noinline)) void L(rest_##name)(int n_out, const fp_rows *r, const uint8_t *rows, int n_rows, int i, const float *scale, \
+                                                                const float (*w)[FP_TILE], float *acc, int64_t acc_ld) \
+    { \
+        for (; i < r->cols; i += LANES) L(accumulate_cols)(kind, scaled, 4, n_out, 1, r, rows, n_rows, i, scale, w, acc, acc_ld); \
+    }
+REST(2, false, 2) REST(3, false, 3) REST(4, false, 4) REST(4, true, 4s) REST(FP_E4M3, false, e4m3) REST(FP_E4M3, true, e4m3s) REST(FP_E5M2, false, e5m2) REST(FP_E5M2, true, e5m2s)
+#undef REST
+
+INLINE void L(rest)(int kind, bool scaled, int n_out, const fp_rows *r, const uint8_t *rows, int n_rows, int i, const float *scale, const float (*w)[FP_TILE], float *acc, int64_t acc_ld)
+{
+    (kind == 2 ? L(rest_2) : kind == 3 ? L(rest_3) : kind == 4 ? scaled ? L(rest_4s) : L(rest_4) : kind == FP_E4M3 ? scaled ? L(rest_e4m3s) : L(rest_e4m3) : scaled ? L(rest_e5m2s) : L(rest_e5m2))
+        (n_out, r, rows, n_rows, i, scale, w, acc, acc_ld);
+}
+
+INLINE void L(accumulate_rows)(int kind, bool scaled, int n_q, int n_out, const fp_rows *r, const uint8_t *rows, int n_rows, const float *scale, const float *factor,
                                const float *p, int64_t p_ld, float *acc, int64_t acc_ld)
 {
     /* As many accumulators as leave registers for the row's codes, its scale and the table. */
@@ -152,20 +171,20 @@ INLINE void L(accumulate_rows)(int kind, bool scaled, int n_q, const fp_rows *r,
     for (int t = 0; t < n_rows; t += FP_TILE) {
         const int n = kv_min(FP_TILE, n_rows - t);
         float w[4][FP_TILE];
-        for (int g = 0; g < n_q; g++)
+        for (int g = 0; g < n_out; g++)
             for (int j = 0; j < n; j++) w[g][j] = p[g * p_ld + t + j] * (kind == FP_E4M3 ? factor[t + j] * 256 : factor[t + j]);
         const float *s = scale ? scale + t * r->n_groups : NULL;
         int i = 0;
         for (; i + width * LANES <= r->cols; i += width * LANES)
-            L(accumulate_cols)(kind, scaled, n_q, width, r, rows + (size_t)t * r->row_bytes, n, i, s, (const float (*)[FP_TILE])w, acc, acc_ld);
-        for (; i < r->cols; i += LANES)
-            L(accumulate_cols)(kind, scaled, n_q, 1, r, rows + (size_t)t * r->row_bytes, n, i, s, (const float (*)[FP_TILE])w, acc, acc_ld);
+            L(accumulate_cols)(kind, scaled, n_q, n_out, width, r, rows + (size_t)t * r->row_bytes, n, i, s, (const float (*)[FP_TILE])w, acc, acc_ld);
+        if (i < r->cols) L(rest)(kind, scaled, n_out, r, rows + (size_t)t * r->row_bytes, n, i, s, (const float (*)[FP_TILE])w, acc, acc_ld);
     }
 }
+#undef AT
 
 #define BY_COUNT(fn, kind, scaled, n, ...) switch (n) { \
-    case 1: L(fn)(kind, scaled, 1, __VA_ARGS__); break; case 2: L(fn)(kind, scaled, 2, __VA_ARGS__); break; \
-    case 3: L(fn)(kind, scaled, 3, __VA_ARGS__); break; default: L(fn)(kind, scaled, 4, __VA_ARGS__); }
+    case 1: L(fn)(kind, scaled, 1, 1, __VA_ARGS__); break; case 2: case 3: L(fn)(kind, scaled, 3, n, __VA_ARGS__); break; \
+    default: L(fn)(kind, scaled, 4, 4, __VA_ARGS__); }
 #define BY_SCALE(fn, kind, n, ...) if (scale) { BY_COUNT(fn, kind, true, n, __VA_ARGS__) } else { BY_COUNT(fn, kind, false, n, __VA_ARGS__) }
 /* Indices of 2 and 3 bits have no scales (nuq). */
 #define BY_KIND(fn, n, ...) switch (r->kind) { \

@@ -51,15 +51,15 @@ INLINE void lookup(const int bits, const scalar_state *s, __m256i i, __m256i *a,
 
 typedef struct sums { __m256i s[SCALAR_QUERIES][2]; } sums;
 
-/* w: [query][quad] of 4 int16, w_ld quads apart. */
-INLINE void add_quad(const int bits, const int g, const int quad, const uint8_t *lo, const uint8_t *hi, const scalar_state *st, const int64_t *w, const size_t w_ld, sums *s)
+/* w[query_at[q] + quad] of 4 int16 */
+INLINE void add_quad(const int bits, const int g, const int quad, const uint8_t *lo, const uint8_t *hi, const scalar_state *st, const int64_t *w, const size_t *query_at, sums *s)
 {
     __m256i a, b, i;
     if (bits <= 4) i = slot_of_plane(bits, lo, quad);
     else i = _mm256_or_si256(slot_of_plane(4, lo + 64 * (quad / 2), quad % 2), _mm256_slli_epi16(slot_of_plane(bits - 4, hi, quad), 4));
     lookup(bits, st, i, &a, &b);
 #define QUERY(q) if (g > q) { \
-        const __m256i x = _mm256_set1_epi64x(w[q * w_ld + (size_t)quad]); \
+        const __m256i x = _mm256_set1_epi64x(w[query_at[q] + (size_t)quad]); \
         s->s[q][0] = _mm256_add_epi32(s->s[q][0], _mm256_madd_epi16(a, x)); \
         s->s[q][1] = _mm256_add_epi32(s->s[q][1], _mm256_madd_epi16(b, x)); \
     }
@@ -68,13 +68,13 @@ INLINE void add_quad(const int bits, const int g, const int quad, const uint8_t 
 }
 
 /* 8 lanes: half a tile. */
-INLINE void add_units(const int bits, const int g, const uint8_t *lo, const uint8_t *hi, int n_units, const scalar_state *st, const int64_t *w, const size_t w_ld, __m256i out[SCALAR_QUERIES])
+INLINE void add_units(const int bits, const int g, const uint8_t *lo, const uint8_t *hi, int n_units, const scalar_state *st, const int64_t *w, const size_t *query_at, __m256i out[SCALAR_QUERIES])
 {
     const int quads = UNIT_QUADS(bits);
     sums s;
     for (int q = 0; q < SCALAR_QUERIES; q++) s.s[q][0] = s.s[q][1] = _mm256_setzero_si256();
     for (int u = 0; u < n_units; u++, w += quads) {
-#define QUAD(k) if (k < quads) add_quad(bits, g, k, lo, hi, st, w, w_ld, &s);
+#define QUAD(k) if (k < quads) add_quad(bits, g, k, lo, hi, st, w, query_at, &s);
         QUAD(0) QUAD(1) QUAD(2) QUAD(3) QUAD(4) QUAD(5) QUAD(6) QUAD(7)
 #undef QUAD
         lo += bits <= 4 ? CHUNK_BYTES(bits) : 32 * quads;
@@ -100,17 +100,19 @@ INLINE void store_first(float *to, __m256 v, int n)
 
 /* ---- keys */
 
-INLINE void dot_block(const int bits, const int g, const kv_codec *c, const uint8_t *page, int n_tokens, const uint8_t *prepared, float *scores, int64_t ld)
+INLINE void dot_block(const int bits, const int g, const int n_q, const kv_codec *c, const uint8_t *page, int n_tokens, const uint8_t *prepared, float *scores, int64_t ld)
 {
     const scalar_state *st = scalar_state_of(c);
     scalar_fetch(st, page);
     const int64_t *w = (const int64_t *)scalar_query_quads((void *)prepared, scalar_padded(c));
+    size_t query_at[SCALAR_QUERIES];
+    for (int q = 0; q < SCALAR_QUERIES; q++) query_at[q] = (size_t)kv_min(q, n_q - 1) * (c->query_bytes / 8);
     const int n_units = (c->head_dim + 4 * UNIT_QUADS(bits) - 1) / (4 * UNIT_QUADS(bits));
     for (int tok = 0; tok < n_tokens; tok += 8) {
         __m256i s[SCALAR_QUERIES];
-        add_units(bits, g, plane_at(&st->plane[0], page, tok, 0), plane_at(&st->plane[st->n_planes - 1], page, tok, 0), n_units, st, w, c->query_bytes / 8, s);
+        add_units(bits, g, plane_at(&st->plane[0], page, tok, 0), plane_at(&st->plane[st->n_planes - 1], page, tok, 0), n_units, st, w, query_at, s);
         const __m256 scale = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(page + st->scales + 2 * (size_t)tok)));
-#define QUERY(q) if (g > q) { \
+#define QUERY(q) if (g > q && n_q > q) { \
             const float unit = st->unit * *(const float *)(prepared + q * c->query_bytes); \
             store_first(scores + q * ld + tok, _mm256_mul_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(s[q]), scale), _mm256_set1_ps(unit)), n_tokens - tok); \
         }
@@ -130,13 +132,13 @@ INLINE __m256i round_16(__m256 a, __m256 b)
 }
 
 /* Fixed-point weights of up to 64 tokens and what one of them is worth: 0 when nothing weighs. */
-INLINE void weigh(const int g, const float *p, int64_t ld, int n, const float *scale, int16_t (*w)[SCALAR_SEGMENT], float *unit)
+INLINE void weigh(const int g, const int n_q, const float *p, int64_t ld, int n, const float *scale, int16_t (*w)[SCALAR_SEGMENT], float *unit)
 {
     _Alignas(32) float v[SCALAR_QUERIES][SCALAR_SEGMENT], per[SCALAR_QUERIES];
     __m128 tops[SCALAR_QUERIES], totals[SCALAR_QUERIES];
     for (int q = 0; q < SCALAR_QUERIES; q++) {
         __m256 top = _mm256_setzero_ps(), sum = top;
-        const float *from = p + q * ld;
+        const float *from = p + kv_min(q, n_q - 1) * ld;
         if (q < g && n < SCALAR_SEGMENT) {
             memset(v[q], 0, sizeof v[q]);
             memcpy(v[q], from, sizeof *from * (size_t)n);
@@ -161,10 +163,11 @@ INLINE void weigh(const int g, const float *p, int64_t ld, int n, const float *s
         }
 }
 
-INLINE void accumulate_block(const int bits, const int g, const kv_codec *c, const uint8_t *page, int n_tokens, const float *p, int64_t ld, float *acc)
+INLINE void accumulate_block(const int bits, const int g, const int n_q, const kv_codec *c, const uint8_t *page, int n_tokens, const float *p, int64_t ld, float *acc)
 {
     const scalar_state *st = scalar_state_of(c);
     scalar_fetch(st, page);
+    static const size_t query_at[SCALAR_QUERIES] = { 0, SCALAR_SEGMENT / 4, 2 * SCALAR_SEGMENT / 4, 3 * SCALAR_SEGMENT / 4 };
     for (int tok = 0; tok < n_tokens; tok += SCALAR_SEGMENT) {
         const int n = n_tokens - tok < SCALAR_SEGMENT ? n_tokens - tok : SCALAR_SEGMENT;
         const int n_units = (n + 4 * UNIT_QUADS(bits) - 1) / (4 * UNIT_QUADS(bits));
@@ -174,12 +177,12 @@ INLINE void accumulate_block(const int bits, const int g, const kv_codec *c, con
         float unit[SCALAR_QUERIES];
         memcpy(half, page + st->scales + 2 * (size_t)tok, 2 * (size_t)n);
         for (int i = 0; i < SCALAR_SEGMENT; i += 8) _mm256_store_ps(scale + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(half + i))));
-        weigh(g, p + tok, ld, n, scale, w, unit);
+        weigh(g, n_q, p + tok, ld, n, scale, w, unit);
         scalar_settle(w);
         for (int dim = 0; dim < st->n_tiles * SCALAR_LANES; dim += 8) {
             __m256i s[SCALAR_QUERIES];
-            add_units(bits, g, plane_at(&st->plane[0], page, dim, tok), plane_at(&st->plane[st->n_planes - 1], page, dim, tok), n_units, st, (const int64_t *)w[0], SCALAR_SEGMENT / 4, s);
-#define QUERY(q) if (g > q) { \
+            add_units(bits, g, plane_at(&st->plane[0], page, dim, tok), plane_at(&st->plane[st->n_planes - 1], page, dim, tok), n_units, st, (const int64_t *)w[0], query_at, s);
+#define QUERY(q) if (g > q && n_q > q) { \
                 float *to = acc + q * c->space_dim + dim; \
                 _mm256_storeu_ps(to, _mm256_fmadd_ps(_mm256_cvtepi32_ps(s[q]), _mm256_set1_ps(st->unit * unit[q]), _mm256_loadu_ps(to))); \
             }

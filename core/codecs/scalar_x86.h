@@ -37,33 +37,38 @@ static inline void scalar_fetch(const scalar_state *s, const uint8_t *page)
     for (size_t at = 0; at < s->scales + 64 && at < 4096; at += 64) __builtin_prefetch(page + at);
 }
 
-typedef void scalar_dot_fn(const kv_codec *c, const uint8_t *page, int n_tokens, const uint8_t *prepared, float *scores, int64_t ld);
-typedef void scalar_accumulate_fn(const kv_codec *c, const uint8_t *page, int n_tokens, const float *p, int64_t ld, float *acc);
+typedef void scalar_dot_fn(int n_q, const kv_codec *c, const uint8_t *page, int n_tokens, const uint8_t *prepared, float *scores, int64_t ld);
+typedef void scalar_accumulate_fn(int n_q, const kv_codec *c, const uint8_t *page, int n_tokens, const float *p, int64_t ld, float *acc);
 
+/* g: queries that the copy is made for; up to 4 bits there is one for each number, and n_q is g. */
 #define SCALAR_DEFINE(target, b, g) \
-    target static void dot_##b##_##g(const kv_codec *c, const uint8_t *page, int n, const uint8_t *q, float *s, int64_t ld) { dot_block(b, g, c, page, n, q, s, ld); } \
-    target static void acc_##b##_##g(const kv_codec *c, const uint8_t *page, int n, const float *p, int64_t ld, float *a) { accumulate_block(b, g, c, page, n, p, ld, a); }
+    target static void dot_##b##_##g(int n_q, const kv_codec *c, const uint8_t *page, int n, const uint8_t *q, float *s, int64_t ld) \
+    { dot_block(b, g, b <= 4 || g == 1 ? g : n_q, c, page, n, q, s, ld); } \
+    target static void acc_##b##_##g(int n_q, const kv_codec *c, const uint8_t *page, int n, const float *p, int64_t ld, float *a) \
+    { accumulate_block(b, g, b <= 4 || g == 1 ? g : n_q, c, page, n, p, ld, a); }
 #define SCALAR_DEFINE_ROW(target, b) SCALAR_DEFINE(target, b, 1) SCALAR_DEFINE(target, b, 2) SCALAR_DEFINE(target, b, 3) SCALAR_DEFINE(target, b, 4)
+#define SCALAR_DEFINE_WIDE(target, b) SCALAR_DEFINE(target, b, 1) SCALAR_DEFINE(target, b, 4)
 #define SCALAR_ROW(name, b) { name##_##b##_1, name##_##b##_2, name##_##b##_3, name##_##b##_4 }
+#define SCALAR_WIDE(name, b) { name##_##b##_1, name##_##b##_4, name##_##b##_4, name##_##b##_4 }
 #define SCALAR_ROWS(name) { SCALAR_ROW(name, 1), SCALAR_ROW(name, 2), SCALAR_ROW(name, 3), SCALAR_ROW(name, 4), \
-                            SCALAR_ROW(name, 5), SCALAR_ROW(name, 6), SCALAR_ROW(name, 7), SCALAR_ROW(name, 8) }
+                            SCALAR_WIDE(name, 5), SCALAR_WIDE(name, 6), SCALAR_WIDE(name, 7), SCALAR_WIDE(name, 8) }
 
 /* dot and accumulate of a file that has dot_block and accumulate_block. */
 #define SCALAR_DEFINE_ALL(target) \
     SCALAR_DEFINE_ROW(target, 1) SCALAR_DEFINE_ROW(target, 2) SCALAR_DEFINE_ROW(target, 3) SCALAR_DEFINE_ROW(target, 4) \
-    SCALAR_DEFINE_ROW(target, 5) SCALAR_DEFINE_ROW(target, 6) SCALAR_DEFINE_ROW(target, 7) SCALAR_DEFINE_ROW(target, 8) \
+    SCALAR_DEFINE_WIDE(target, 5) SCALAR_DEFINE_WIDE(target, 6) SCALAR_DEFINE_WIDE(target, 7) SCALAR_DEFINE_WIDE(target, 8) \
     static scalar_dot_fn        *const dot_of[8][SCALAR_QUERIES] = SCALAR_ROWS(dot); \
     static scalar_accumulate_fn *const acc_of[8][SCALAR_QUERIES] = SCALAR_ROWS(acc); \
     static void dot(const kv_codec *c, const uint8_t *page, int n_tokens, const void *prepared, int n_q, float *scores, int64_t ld) \
     { \
         scalar_dot_fn *const *fn = dot_of[scalar_state_of(c)->bits - 1]; \
-        for (int q = 0; q < n_q; q += SCALAR_QUERIES) \
-            fn[kv_min(n_q - q, SCALAR_QUERIES) - 1](c, page, n_tokens, (const uint8_t *)prepared + (size_t)q * c->query_bytes, scores + q * ld, ld); \
+        for (int q = 0, n; q < n_q; q += n) \
+            n = kv_min(n_q - q, SCALAR_QUERIES), fn[n - 1](n, c, page, n_tokens, (const uint8_t *)prepared + (size_t)q * c->query_bytes, scores + q * ld, ld); \
     } \
     static void accumulate(const kv_codec *c, const uint8_t *page, int n_tokens, const float *p, int64_t ld, int n_q, float *acc) \
     { \
         scalar_accumulate_fn *const *fn = acc_of[scalar_state_of(c)->bits - 1]; \
-        for (int q = 0; q < n_q; q += SCALAR_QUERIES) \
-            fn[kv_min(n_q - q, SCALAR_QUERIES) - 1](c, page, n_tokens, p + q * ld, ld, acc + (size_t)q * (size_t)c->space_dim); \
+        for (int q = 0, n; q < n_q; q += n) \
+            n = kv_min(n_q - q, SCALAR_QUERIES), fn[n - 1](n, c, page, n_tokens, p + q * ld, ld, acc + (size_t)q * (size_t)c->space_dim); \
     }
 #endif

@@ -283,7 +283,8 @@ function M.run_file(path, opts)
   config.name, config.measure, config.calibrate, config.smoke = e.name, json.array(e.measure), e.calibrate, opts.smoke or nil
   config.points = json.array {}
   for i, p in ipairs(all) do config.points[i] = p.name end
-  local parent = (opts.out or K.root .. "/results/scratch"):gsub("(.)/+$", "%1") .. "/" .. (path:match "([^/]+)%.lua$" or e.name)
+  local checkout = K.exists(K.root .. "/core/kelvin.h")       -- an installed tree is not the user's to write in
+  local parent = (opts.out or (checkout and K.root .. "/" or "") .. "results/scratch"):gsub("(.)/+$", "%1") .. "/" .. (path:match "([^/]+)%.lua$" or e.name)
   local run = results.open(parent, results.run_id { config = config, model = model_sha, text = text.sha256, commit = git.commit }, opts.resume, opts.shard)
   local progress = require("kelvin.progress").new { tty = K.C.kv_isatty(2) ~= 0, width = K.C.kv_term_width(), now = lib.now, log = run.log }
   local smoke, resume = opts.smoke and " --smoke" or "", ""
