@@ -371,7 +371,7 @@ static void nuq_query(const kv_codec *c, const float *q, int64_t ld, int n_q, vo
 }
 
 /* Queries from which decoding first is faster: codes are unpacked for every four of them, outliers put right for each. */
-static int many(const nuq_state *s) { return s->cap ? 9 : 17; }
+static int many(const nuq_state *s) { return s->cap ? 8 : 17; }
 
 static void nuq_dot(const kv_codec *c, const uint8_t *page, int n_tokens, const void *prepared, int n_q, float *scores, int64_t ld)
 {

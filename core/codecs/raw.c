@@ -69,8 +69,15 @@ static void raw_dot(const kv_codec *c, const uint8_t *page, int n_tokens, const 
     kv_rows_dot(raw_type(c), page, c->head_dim, n_tokens, c->head_dim, prepared, (int64_t)(c->query_bytes / sizeof(float)), n_q, scores, ld);
 }
 
+/* Queries from which 16-bit values are widened once for all of them, not for every four. */
+enum { MANY = 13 };
+
 static void raw_accumulate(const kv_codec *c, const uint8_t *page, int n_tokens, const float *p, int64_t ld, int n_q, float *acc)
 {
+    if (n_q >= MANY && raw_type(c) != KV_F32) {
+        kv_decoded_accumulate(c, page, n_tokens, p, ld, n_q, acc);
+        return;
+    }
     kv_rows_accumulate(raw_type(c), page, c->head_dim, n_tokens, c->head_dim, p, ld, n_q, acc, c->head_dim);
 }
 
