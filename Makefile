@@ -115,10 +115,17 @@ $(CUDA_LIB): $(CUDA_SRC:%.cu=$(BUILD)/%.o)
 	@echo "  link $@"
 	@$(NVCC) -shared -cudart static -Xlinker -z,defs -Xlinker --exclude-libs,ALL -o $@ $^
 
+# The device library's own program, against its headers alone.
+ATTEND_ARCH ?= 90
+$(BUILD)/cuda/%: tests/cuda/%.cu $(wildcard kernels/include/kelvin/*)
+	@mkdir -p $(@D)
+	@echo "  nvcc $<"
+	@$(NVCC) -O3 -std=c++17 -Ikernels/include -cudart static -gencode arch=compute_$(ATTEND_ARCH),code=sm_$(ATTEND_ARCH) -gencode arch=compute_80,code=compute_80 $< -o $@
+
 # ---- lint, sanitizers, fuzzing
 .PHONY: lint asan fuzz gpu-test
 # On a machine with a GPU: the whole suite, whose GPU specs are pending elsewhere.
-gpu-test: all ctests
+gpu-test: all ctests $(BUILD)/cuda/attend_check
 	@$(HOST) doctor | grep -E 'cuda'
 	@FLAVOUR=$(FLAVOUR) $(BUSTED) tests/cuda
 lint:
@@ -224,7 +231,7 @@ dist: all ctests
 	@for m in $(BUSTED_MODULES); do [ ! -e $(LUA_SHARE)/$$m ] || cp -RL $(LUA_SHARE)/$$m $(DIST)/share/kelvin/busted/; done
 	@for m in term system lfs.so; do [ ! -e $(LUA_LIB)/$$m ] || cp -RL $(LUA_LIB)/$$m $(DIST)/share/kelvin/busted/; done
 	@cp -L $(LUA_SHARE)/argparse.lua $(DIST)/share/kelvin/lua/
-	@for t in $(CTESTS); do cp $$t $(DIST)/libexec/; done
+	@for t in $(CTESTS) $(wildcard $(BUILD)/cuda/attend_check); do cp $$t $(DIST)/libexec/; done
 	@install -m 755 tests/kelvin-test.sh $(DIST)/bin/kelvin-test
 	@strip -g $(DIST)/bin/kelvin $(DIST)/lib/*.so* $(DIST)/libexec/* 2>/dev/null; true
 	@du -sh $(DIST) | awk '{ print "dist: " $$2 ", " $$1 }'

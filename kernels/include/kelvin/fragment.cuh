@@ -1,0 +1,128 @@
+// fragment.cuh -- how codes lie in device memory: in the order in which a tensor core's operand wants them.
+//
+// A tile holds 32 tokens of one KV head.  Keys are the A operand of m16n8k32 as they are (rows = tokens, k = dims), values
+// transposed (rows = dims, k = tokens), so that a lane's own registers, looked up byte by byte, are the fragment: no shuffle,
+// no shared memory.
+//
+//   tile = | key words | value words | f16 scales: for g = 0..7  k[g] k[8+g] k[16+g] k[24+g]  v[g] v[8+g] v[16+g] v[24+g] |
+//
+// A lane's words come 16 bytes at a time (the last two, where the count is 2 mod 4, 8 bytes at a time), each a full line for
+// the warp.  Element (row, k) of fragment f of a side belongs to lane 4 (row % 8) + k % 16 / 4, register row / 8 + 2 (k / 16),
+// byte k % 4.  Registers to words, b = byte, half = register % 2:
+//
+//   4 bits   word register / 2: magnitude in the low 3 bits of nibble 4 half + b, sign in the top bit of nibble 2 b + 1 - half.
+//            A set sign complements the looked-up byte v to -v - 1: centroids are (v + 1/2) unit.
+//   3 bits   two fragments in 3 words, R = 4 (f % 2) + register, slot R / 2: slots 0..2 are the low 3 bits of the words'
+//            nibbles 4 half + b, slot 3 is made of their top bits.
+//   2 bits   one word: nibble 4 half + b, its low pair for registers 0 and 1, its high pair for 2 and 3.
+#pragma once
+#include "mma.cuh"
+
+namespace kelvin {
+
+constexpr int TILE_TOKENS = 32;
+
+template <int BITS, int D> struct side {
+    static constexpr int fragments = D / 16;                    // of 16 x 32: two per 32 dims (keys), one per 16 dims (values)
+    static constexpr int words = fragments * BITS / 2;          // of a lane
+    static constexpr int quads = words / 4, pairs = words % 4 / 2;
+    static constexpr int bytes = words * 128;
+    static_assert(words % 2 == 0, "a lane's words come in pairs");
+};
+
+template <int KB, int VB, int D> struct tile {
+    static constexpr int k_bytes = side<KB, D>::bytes, v_bytes = side<VB, D>::bytes;
+    static constexpr int bytes = k_bytes + v_bytes + TILE_TOKENS * 4;
+};
+
+// Byte offset of word w of a lane inside a side of n words.
+__host__ __device__ constexpr int word_offset(int n, int w, int lane)
+{
+    return w / 4 * 4 < n / 4 * 4 ? w / 4 * 512 + lane * 16 + w % 4 * 4 : n / 4 * 512 + lane * 8 + w % 4 * 4;
+}
+
+// The token that stands at k of the values' fragments: movmatrix hands out the weights' rows in this order.
+__host__ __device__ constexpr int value_token(int k) { return k / 16 * 16 + k % 4 / 2 * 8 + k % 16 / 4 * 2 + k % 2; }
+
+// Where the code of (token, dim) of a key, or of a value, lies: fragment, row and k.
+struct place { int fragment, row, k; };
+__host__ __device__ constexpr place key_place(int d_fragments, int token, int dim) { return { token / 16 * d_fragments + dim / 32, token % 16, dim % 32 }; }
+__host__ __device__ constexpr place value_place(int token, int dim)
+{
+    // the inverse of value_token
+    return { dim / 16, dim % 16, token / 16 * 16 + token % 8 / 2 * 4 + token % 16 / 8 * 2 + token % 2 };
+}
+
+// Puts a code (0 = lowest centroid) into a zeroed side of n words; host and device.
+__host__ __device__ inline void put_code(int bits, int n_words, uint8_t *base, place at, uint32_t code)
+{
+    const int lane = at.row % 8 * 4 + at.k % 16 / 4, reg = at.row / 8 + 2 * (at.k / 16), b = at.k % 4, half = reg % 2;
+    const int nibble = 4 * half + b;
+#define KELVIN_OR(word, value) (*(uint32_t *)(base + word_offset(n_words, (word), lane)) |= (uint32_t)(value))
+    if (bits == 4) {
+        const int word = at.fragment * 2 + reg / 2;
+        const uint32_t magnitude = code >= 8 ? code - 8 : 7 - code;
+        KELVIN_OR(word, magnitude << (4 * nibble) | (code < 8 ? 1u : 0u) << (4 * (2 * b + 1 - half) + 3));
+    } else if (bits == 3) {
+        const int r = 4 * (at.fragment % 2) + reg, slot = r / 2, word = at.fragment / 2 * 3;
+        if (slot < 3) KELVIN_OR(word + slot, code << (4 * nibble));
+        else for (int i = 0; i < 3; i++) KELVIN_OR(word + i, (code >> i & 1) << (4 * nibble + 3));
+    } else {
+        KELVIN_OR(at.fragment, code << (4 * nibble + 2 * (reg / 2)));
+    }
+#undef KELVIN_OR
+}
+
+// Two fragments at a time: words of a lane to 8 registers of signed bytes.
+template <int BITS> __device__ __forceinline__ void unpack_two(const uint32_t *w, uint32_t t0, uint32_t t1, uint32_t a[8]);
+
+template <> __device__ __forceinline__ void unpack_two<4>(const uint32_t *w, uint32_t t0, uint32_t t1, uint32_t a[8])
+{
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const uint32_t x = w[i], m = x & 0x77777777u;
+        a[2 * i] = byte_lookup(t0, t1, m) ^ byte_lookup(x, 0, 0xBA98);              // 8 + byte: its top bit, eight times
+        a[2 * i + 1] = byte_lookup(t0, t1, m >> 16) ^ byte_lookup(x << 4, 0, 0xBA98);
+    }
+}
+
+template <> __device__ __forceinline__ void unpack_two<3>(const uint32_t *w, uint32_t t0, uint32_t t1, uint32_t a[8])
+{
+    const uint32_t top = and_or(w[2] >> 1, 0x44444444u, and_or(w[1] >> 2, 0x22222222u, w[0] >> 3 & 0x11111111u));
+    const uint32_t s[4] = { w[0] & 0x77777777u, w[1] & 0x77777777u, w[2] & 0x77777777u, top };
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        a[2 * i] = byte_lookup(t0, t1, s[i]);
+        a[2 * i + 1] = byte_lookup(t0, t1, s[i] >> 16);
+    }
+}
+
+template <> __device__ __forceinline__ void unpack_two<2>(const uint32_t *w, uint32_t t0, uint32_t, uint32_t a[8])
+{
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const uint32_t low = w[i] & 0x33333333u, high = w[i] >> 2 & 0x33333333u;
+        a[4 * i] = byte_lookup(t0, t0, low);
+        a[4 * i + 1] = byte_lookup(t0, t0, low >> 16);
+        a[4 * i + 2] = byte_lookup(t0, t0, high);
+        a[4 * i + 3] = byte_lookup(t0, t0, high >> 16);
+    }
+}
+
+// The bytes that codes look up, and what one of them is worth.  4 bits: value = (v + 1/2) unit with the sign's complement.
+struct codebook { uint32_t t0, t1; float unit, half; };
+
+inline codebook codebook_of(int bits, const float *centroid /* [1 << bits], ascending, symmetric */)
+{
+    const int n = 1 << bits;
+    const float top = centroid[n - 1];
+    codebook c = { 0, 0, bits == 4 ? top / 127.5f : top / 127.0f, bits == 4 ? 0.5f : 0.0f };
+    for (int i = 0; i < (bits == 2 ? 4 : 8); i++) {
+        const float x = bits == 4 ? centroid[8 + i] / c.unit - 0.5f : centroid[i] / c.unit;
+        const uint32_t byte = (uint32_t)(int32_t)(x < 0 ? x - 0.5f : x + 0.5f) & 255u;
+        (i < 4 ? c.t0 : c.t1) |= byte << (i % 4 * 8);
+    }
+    return c;
+}
+
+}  // namespace kelvin
