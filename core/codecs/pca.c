@@ -59,7 +59,8 @@ static kvtc_menu menu_of(const kv_codec *c)
 {
     kvtc_menu m = kvtc_paper();
     m.fixed = c->value[P_SCALE] == SCALE_STATIC;
-    if (m.fixed) m.n_sizes = 1;                          /* without headers larger blocks are the same as many small ones */
+    /* Without headers larger blocks are the same as many small ones; those of 16 reach the places that are 16 apart (from 64 on). */
+    if (m.fixed) m.n_sizes = 2;
     if (c->value[P_TYPES] == TYPES_E4M3) m.type[2] = KVTC_E4M3;
     if (c->value[P_TYPES] == TYPES_FINE) {
         m.n_types = 8;

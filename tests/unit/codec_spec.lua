@@ -206,4 +206,17 @@ describe("kv.codec.parse_arm", function()
     end
     assert.matches("| q8_0 | 64 | 8.50 |", tostring(rows), 1, true)
   end)
+
+  it("pca spends its bits on every component, at any head_dim", function()
+    for _, d in ipairs { 64, 128, 256 } do
+      local x = kv.tensor.randn { shape = { 1024, d }, seed = 3 }
+      local p = x:_data()
+      for t = 0, 1023 do
+        for i = 0, d - 1 do p[t * d + i] = p[t * d + i] * (1 + i) ^ -0.5 end
+      end
+      local c = kv.codec("pca", { bits = 4 }):calibrated(x)
+      assert.are.equal(4, c:info_for(d, 64, "k").bits_payload)
+      assert.is_true(kv.compare(x, c:roundtrip(x)).rel_err < 0.1, "head_dim " .. d)
+    end
+  end)
 end)
