@@ -300,6 +300,24 @@ describe("the ladder", function()
   end)
 end)
 
+describe("what results/all_codecs holds", function()
+  for _, model in ipairs { "smollm2-135m", "gemma-3-270m" } do
+    it("is within 2 % of its targets, scored on 16 000 positions, and means agree with their depths: " .. model, function()
+      local rows = results.rows(H.root .. "/results/all_codecs/" .. model .. "/rows.jsonl")
+      if not rows then return pending "results/all_codecs is not in this tree" end
+      for _, r in ipairs(rows) do
+        assert.are.equal("ok", r.status, r.arm)
+        if r.target then assert.is_true(math.abs(r.bits_allin / r.target - 1) <= 0.0205, r.arm .. " " .. r.bits_allin) end
+        assert.is_true(r.n_scored >= 16000, r.arm)
+        local n, sum = 0, 0
+        for _, d in ipairs(r.depth) do n, sum = n + d.n, sum + d.n * d.mean end
+        assert.are.equal(r.n_scored, n, r.arm)
+        assert.is_true(math.abs(r.kld.mean - sum / n) <= 1e-5 + 1e-4 * r.kld.mean, r.arm)
+      end
+    end)
+  end
+end)
+
 describe("measurements", function()
   local M = require "kelvin.measure"
   it("add their fields and their columns", function()
