@@ -43,6 +43,10 @@ static void test_rows(void)
             worst = fmax(worst, fabs(y / sqrt(n) - out[i]));
         }
         CHECK(worst < 2e-6, "fwht n=%d is off by %g", n, worst);
+        kv_fwht(out, n);
+        double back = 0;
+        for (int i = 0; i < n; i++) back = fmax(back, fabs((double)out[i] - x[i]));
+        CHECK(back < 1e-6, "fwht n=%d twice is off by %g", n, back);
     }
     for (int n = 1; n <= 300; n++) {
         float x[300], first = 0;

@@ -85,6 +85,13 @@ static void test_rope(void)
     const kv_rope rope = { D, freq };
     for (int i = 0; i < D / 2; i++) freq[i] = pow(1e6, -2.0 * i / D);
     draw(query, Q * D);
+    draw(key, T * D);                                                  /* undone, rows are what they were */
+    memcpy(coded, key, sizeof key);
+    kv_rope_rows(&rope, key, D, T, 0, 1);
+    kv_rope_rows(&rope, key, D, T, 0, -1);
+    double worst = 0;
+    for (int i = 0; i < T * D; i++) worst = fmax(worst, fabs((double)key[i] - coded[i]));
+    CHECK(worst < 1e-5, "RoPE and back is off by %g", worst);
     for (int fast = 0; fast < 2; fast++)
         for (int removed = 0; removed < 3; removed++) {               /* nothing; the mean of cached keys; the bias before RoPE */
             double mean[D] = { 0 };
