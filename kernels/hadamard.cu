@@ -8,6 +8,7 @@
 //   n >  1024: a block takes a row in shared memory.
 //
 // Floor: 8 bytes of traffic an element.
+#include "kelvin/hadamard.cuh"
 #include "kernels.cuh"
 
 enum { WARPS = 8 };
@@ -26,21 +27,7 @@ __global__ void hadamard_warp(float *x, const float *sign, int n_rows, int n, fl
         v[i] = mine ? p[i] : 0.0f;
         if (sign && mine) v[i] *= sign[lane * V + i];
     }
-#pragma unroll
-    for (int h = 1; h < V; h *= 2)
-#pragma unroll
-        for (int i = 0; i < V; i++)
-            if (!(i & h)) {
-                const float a = v[i], b = v[i + h];
-                v[i] = a + b;
-                v[i + h] = a - b;
-            }
-    for (int h = 1; h * V < n; h *= 2)
-#pragma unroll
-        for (int i = 0; i < V; i++) {
-            const float other = __shfl_xor_sync(0xffffffffu, v[i], h);
-            v[i] = lane & h ? other - v[i] : v[i] + other;
-        }
+    kelvin::butterflies<V>(v, lane, n / V);
 #pragma unroll
     for (int i = 0; i < V; i++)
         if (mine) p[i] = v[i] * scale;

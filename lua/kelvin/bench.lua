@@ -121,26 +121,26 @@ function M.eval(o)
   end })
 end
 
+local function numbers(what, text, least)
+  local list = {}
+  for word in text:gmatch "[^,]+" do
+    local n = tonumber(word)
+    check.that(n and n >= least and n % 1 == 0, "bench: %s '%s' is not a whole number from %d", what, word, least)
+    list[#list + 1] = n
+  end
+  return list
+end
+
 --- main(options): `kelvin bench`.
 function M.main(a)
   local arms = a.arm and #a.arm > 0 and a.arm or nil
   local result
   if a.what == "decode" then
-    local depths = {}
-    for d in a.depth:gmatch "[^,]+" do
-      local n = tonumber(d)
-      check.that(n and n >= 0 and n % 1 == 0, "bench: depth '%s' is not a whole number from 0", d)
-      depths[#depths + 1] = n
-    end
+    local depths = numbers("depth", a.depth, 0)
     local model = require("kelvin.model").open(a.model)
     result = M.decode { model = model, calib = a.artifact and model:calibrate { artifact = a.artifact }, arms = arms, depths = depths, repeats = a.repeats, tokens = a.tokens }
   elseif a.what == "codecs" then
-    local dims = {}
-    for d in a.dim:gmatch "[^,]+" do
-      local n = tonumber(d)
-      check.that(n and n >= 1 and n % 1 == 0, "bench: dim '%s' is not a whole number from 1", d)
-      dims[#dims + 1] = n
-    end
+    local dims = numbers("dim", a.dim, 1)
     result = M.codecs { names = arms, dims = dims, queries = a.queries, repeats = a.repeats, ggml = a.ggml, rows = a.rows }
   else result = M.eval { model = a.model, arms = arms } end
   if a.format == "json" then
