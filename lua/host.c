@@ -16,8 +16,8 @@
 #include <lualib.h>
 
 static const struct { const char *lua, *lib; } layout[] = {
+    { "../share/kelvin/lua", "../lib" },      /* first: a relocatable tree may lie inside a checkout */
     { "../../../lua", ".." },
-    { "../share/kelvin/lua", "../lib" },
     { "../lua", "../lib" },
 };
 
