@@ -61,4 +61,7 @@ static int hadamard(int device, float *x, const float *sign, int n_rows, int n, 
     return status;
 }
 
-const kv_backend kv_backend_cpu = { KV_BACKEND_ABI, "cpu", probe, describe, host_alloc, host_release, copy, copy, sync_nothing, hadamard };
+const kv_backend kv_backend_cpu = {
+    .abi = KV_BACKEND_ABI, .name = "cpu", .probe = probe, .describe = describe, .alloc = host_alloc, .release = host_release,
+    .upload = copy, .download = copy, .sync = sync_nothing, .hadamard = hadamard,
+};

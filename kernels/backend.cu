@@ -79,6 +79,24 @@ static int hadamard(int device, float *x, const float *sign, int n_rows, int n, 
     return status < 0 ? status : say(kv_cuda_hadamard(x, sign, n_rows, n, 0), "hadamard", err, cap);
 }
 
-static const kv_backend table = { KV_BACKEND_ABI, "cuda", probe, describe, device_alloc, device_release, upload, download, sync_device, hadamard };
+static kv_backend make_table()
+{
+    kv_backend t = {};
+    t.abi = KV_BACKEND_ABI;
+    t.name = "cuda";
+    t.probe = probe;
+    t.describe = describe;
+    t.alloc = device_alloc;
+    t.release = device_release;
+    t.upload = upload;
+    t.download = download;
+    t.sync = sync_device;
+    t.hadamard = hadamard;
+    return t;
+}
 
-extern "C" __attribute__((visibility("default"))) const kv_backend *kv_backend_get(void) { return &table; }
+extern "C" __attribute__((visibility("default"))) const kv_backend *kv_backend_get(void)
+{
+    static const kv_backend table = make_table();
+    return &table;
+}
