@@ -22,7 +22,7 @@ int kv_codec_describe(int index, kv_codec_desc *out)
     RETURN_ERROR_IF(!out, KV_E_ARG, "codec: NULL description");
     RETURN_ERROR_IF(index < 0 || index >= N_CODECS, KV_E_ARG, "codec: index %d is outside 0..%d", index, N_CODECS - 1);
     const kv_codec_ops *o = registry[index];
-    *out = (kv_codec_desc){ o->name, o->about, o->source, o->format, o->caps | (o->dot && o->accumulate ? KV_CAP_FUSED_CPU : 0), o->n_params };
+    *out = (kv_codec_desc){ o->name, o->about, o->source, o->format, o->caps | (o->dot && o->accumulate ? KV_CAP_FUSED_CPU : 0) | (o->device ? KV_CAP_CUDA : 0), o->n_params };
     return KV_OK;
 }
 
@@ -373,7 +373,7 @@ int kv_codec_get_info(const kv_codec *c, kv_codec_info *out)
 {
     RETURN_ERROR_IF(!c || !out, KV_E_ARG, "codec: NULL %s", c ? "info" : "handle");
     *out = (kv_codec_info){ .family = c->ops->name, .params = c->text, .head_dim = c->head_dim, .page_tokens = c->page_tokens,
-        .side = c->side, .caps = c->caps, .format = c->ops->format, .granule = c->granule,
+        .side = c->side, .caps = c->caps | (c->ops->device ? KV_CAP_CUDA : 0), .format = c->ops->format, .granule = c->granule,
         .fused = kv_codec_fused(c), .page_bytes = (double)c->page_bytes, .page = c->page, .bits_nominal = c->bits_nominal,
         .bits_payload = 8.0 * (double)c->page_bytes / ((double)c->page_tokens * c->head_dim) };
     return KV_OK;

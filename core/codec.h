@@ -53,6 +53,10 @@ typedef struct kv_codec_ops {
     void (*accumulate)(const kv_codec *c, const uint8_t *page, int n_tokens, const float *p, int64_t ld, int n_q, float *acc);
     void (*output)(const kv_codec *c, const float *acc, int n_q, float *out, int64_t ld);
 
+    /* What a device needs to encode and decode: struct <family>_device of codecs/<family>_device.h, flat, tables inside it or at offsets
+     * from its start; bytes from kv_alloc.  Parameters that no device does: KV_E_UNSUPPORTED with value and what is possible. */
+    int  (*device)(const kv_codec *c, void **pod, size_t *bytes);                  /* optional */
+
     /* Sets the value[] that come nearest to `target` stored bits per element; NULL: bits parameter is searched. */
     int  (*fit_bits)(kv_codec *c, double target);
 } kv_codec_ops;
@@ -77,6 +81,11 @@ kv_codec *kv_codec_ref(kv_codec *c);
 /* For an init that finds out from its parameters that it needs tables: KV_E_UNCALIBRATED with the text that says how. */
 int kv_codec_needs_blob(const kv_codec *c);
 static inline int kv_codec_fused(const kv_codec *c) { return c->ops->dot != NULL && c->ops->accumulate != NULL; }
+
+/* A codec as kernels see it (device_codec.c); the texts are c's, the pod is freed by kv_codec_device_free. */
+struct kv_backend_codec;
+int  kv_codec_device(const kv_codec *c, struct kv_backend_codec *out);
+void kv_codec_device_free(struct kv_backend_codec *d);
 
 /* The generic forms, by decoding a tile: what the fused ones are checked against (codec.c).
  * scratch: page_tokens * head_dim floats. */

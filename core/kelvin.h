@@ -100,6 +100,7 @@ enum {
     KV_CAP_KEYS = 1, KV_CAP_VALUES = 2, KV_CAP_FUSED_CPU = 4, KV_CAP_CALIBRATED = 8, KV_CAP_LOSSLESS = 16,
     KV_CAP_CONTROL = 32,                   /* exists to fail: never in a comparison */
     KV_CAP_FUSED_CUDA = 64,
+    KV_CAP_CUDA = 256,                     /* a CUDA device encodes and decodes it, or most of its parameters */
     KV_CAP_CALIBRATABLE = 128              /* some of its parameters need calibrated tables; KV_CAP_CALIBRATED: all do */
 };
 
@@ -165,6 +166,11 @@ int  kv_block_page(const kv_block *b, int head, int page, uint8_t **data, double
 int  kv_block_dot(const kv_block *b, const kv_tensor *q, int fused, kv_tensor *scores);
 int  kv_block_accumulate(const kv_block *b, const kv_tensor *p, int fused, kv_tensor *out);
 void kv_block_free(kv_block *b);
+
+/* n rows of head_dim floats, whole granules, into pages on a device ("cuda", "cuda:1"): the bytes that encode makes on the CPU.  pages: whole pages, where
+ * slots of other tokens keep theirs.  And back: rows of tokens tok0 .. tok0+n. */
+int  kv_codec_encode_on(const char *device, const kv_codec *c, const float *rows, int n, uint8_t *pages);
+int  kv_codec_decode_on(const char *device, const kv_codec *c, const uint8_t *pages, int tok0, int n, float *rows);
 
 /* Pieces that tests and prototypes use directly. */
 int  kv_hadamard(float *x, int n_rows, int n);                   /* orthonormal FWHT of rows, n a power of two 1..4096 */

@@ -5,19 +5,7 @@
 #include <cstdio>
 #include "backend.h"
 #include "kernels.cuh"
-
-enum { E_NOMEM = -3, E_DEVICE = -8 };      // kelvin.h's KV_E_NOMEM and KV_E_DEVICE
-
-static int say(cudaError_t e, const char *what, char *err, size_t cap)
-{
-    if (e == cudaSuccess) {
-        if (cap) err[0] = 0;
-        return 0;
-    }
-    snprintf(err, cap, "%s: %s (%s)", what, cudaGetErrorName(e), cudaGetErrorString(e));
-    cudaGetLastError();                     // a failed call must not fail the next one
-    return e == cudaErrorMemoryAllocation ? E_NOMEM : E_DEVICE;
-}
+#include "status.cuh"
 
 static int probe(int *n_devices, int *driver, int *runtime, char *err, size_t cap)
 {
@@ -92,6 +80,9 @@ static kv_backend make_table()
     t.download = download;
     t.sync = sync_device;
     t.hadamard = hadamard;
+    t.codec_known = kv_cuda_codec_known;
+    t.codec_encode = kv_cuda_codec_encode;
+    t.codec_decode = kv_cuda_codec_decode;
     return t;
 }
 

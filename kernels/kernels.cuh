@@ -1,6 +1,13 @@
 // kernels.cuh -- the launchers, one line each.  All take device pointers and a stream, allocate nothing, do not wait.
 #pragma once
+#include <cstdint>
 #include <cuda_runtime.h>
 
 // x [n_rows][n] in place: x = FWHT(sign * x) / sqrt(n).  n a power of two in 1..4096; sign [n] or null.
 cudaError_t kv_cuda_hadamard(float *x, const float *sign, int n_rows, int n, cudaStream_t stream);
+
+// The codec entries of the table (codec.cu): host memory in and out.
+struct kv_backend_codec;
+int kv_cuda_codec_known(const char *family);
+int kv_cuda_codec_encode(int device, const kv_backend_codec *c, const float *host_rows, int n, uint8_t *host_pages, char *err, size_t cap);
+int kv_cuda_codec_decode(int device, const kv_backend_codec *c, const uint8_t *host_pages, int tok0, int n, float *host_rows, char *err, size_t cap);

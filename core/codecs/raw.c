@@ -6,6 +6,7 @@
  * turn a large number into inf. */
 #include "../codec.h"
 #include "../vecmath.h"
+#include "raw_device.h"
 
 enum { P_DTYPE };
 
@@ -93,9 +94,19 @@ static int raw_fit_bits(kv_codec *c, double target)
     return KV_OK;
 }
 
+static int raw_on_device(const kv_codec *c, void **pod, size_t *bytes)
+{
+    struct raw_device *d = kv_zalloc(sizeof *d);
+    if (!d) return KV_E_NOMEM;
+    d->dtype = raw_type(c);
+    *pod = d;
+    *bytes = sizeof *d;
+    return KV_OK;
+}
+
 const kv_codec_ops kv_codec_raw = {
     .name = "raw", .about = "rows as they are, in f16, f32 or bf16: the baseline and the identity control", .source = "IEEE 754",
     .params = params, .n_params = 1, .format = 1, .caps = KV_CAP_KEYS | KV_CAP_VALUES | KV_CAP_LOSSLESS,
     .init = raw_init, .encode = raw_encode, .decode = raw_decode,
-    .query = raw_query, .dot = raw_dot, .accumulate = raw_accumulate, .output = raw_output, .fit_bits = raw_fit_bits,
+    .query = raw_query, .dot = raw_dot, .accumulate = raw_accumulate, .output = raw_output, .device = raw_on_device, .fit_bits = raw_fit_bits,
 };

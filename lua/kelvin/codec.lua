@@ -468,7 +468,7 @@ local function abilities(f, i)
   local has = function(cap) return bit.band(i.caps, cap) ~= 0 end
   local out = { has(C.KV_CAP_KEYS) and (has(C.KV_CAP_VALUES) and "keys and values" or "keys alone") or "values alone" }
   out[#out + 1] = i.fused and "attention on codes" or "attention on decoded tiles"
-  out[#out + 1] = has(C.KV_CAP_FUSED_CUDA) and "on CUDA too" or nil
+  out[#out + 1] = "cuda: " .. (has(C.KV_CAP_CUDA) and "yes" or "no") .. (has(C.KV_CAP_FUSED_CUDA) and ", on codes" or "")
   out[#out + 1] = i.granule == 1 and "a token is encoded at a time" or ("%d tokens are encoded at a time"):format(i.granule)
   out[#out + 1] = "any token is read alone"
   out[#out + 1] = bit.band(f.caps, C.KV_CAP_CALIBRATED) ~= 0 and "needs a calibration" or i.table_bytes > 0 and "these parameters need a calibration"

@@ -1,0 +1,53 @@
+/* device_codec.c -- a codec as a device sees it, and one alone on a device. */
+#include "backend.h"
+#include "codec.h"
+#include "device.h"
+
+int kv_codec_device(const kv_codec *c, kv_backend_codec *out)
+{
+    void *pod = NULL;
+    size_t bytes = 0;
+    RETURN_ERROR_IF(!c->ops->device, KV_E_UNSUPPORTED, "codec '%s' has no device form (`kelvin codecs` says which have)", c->ops->name);
+    FORWARD_IF_ERROR(c->ops->device(c, &pod, &bytes));
+    *out = (kv_backend_codec){ .family = c->ops->name, .params = c->text, .head_dim = c->head_dim, .page_tokens = c->page_tokens,
+        .granule = c->granule, .side = c->side, .page_bytes = c->page_bytes, .pod = pod, .pod_bytes = bytes };
+    return KV_OK;
+}
+
+void kv_codec_device_free(kv_backend_codec *d) { kv_free((void *)d->pod); }
+
+/* The device and what it needs of the codec. */
+static int open_codec(const char *device, const kv_codec *c, const kv_backend **b, int *number, kv_backend_codec *out)
+{
+    FORWARD_IF_ERROR(kv_device_open(device, b, number));
+    RETURN_ERROR_IF(!(*b)->codec_known || !(*b)->codec_known(c->ops->name), KV_E_UNSUPPORTED, "codec '%s' is not one that device '%s' knows", c->ops->name, device);
+    return kv_codec_device(c, out);
+}
+
+int kv_codec_encode_on(const char *device, const kv_codec *c, const float *rows, int n, uint8_t *pages)
+{
+    RETURN_ERROR_IF(!c || !rows || !pages, KV_E_ARG, "kv_codec_encode_on: NULL %s", !c ? "codec" : !rows ? "rows" : "pages");
+    RETURN_ERROR_IF(n < 1 || n > 1 << 24 || n % c->granule, KV_E_ARG, "codec '%s': %d rows are not a multiple of the granule %d in 1..%d", c->ops->name, n, c->granule, 1 << 24);
+    const kv_backend *b;
+    kv_backend_codec d;
+    int number;
+    char err[256] = "";
+    FORWARD_IF_ERROR(open_codec(device, c, &b, &number, &d));
+    const int status = b->codec_encode(number, &d, rows, n, pages, err, sizeof err);
+    kv_codec_device_free(&d);
+    return status < 0 ? kv_set_error(status, "%s: %s", b->name, err) : KV_OK;
+}
+
+int kv_codec_decode_on(const char *device, const kv_codec *c, const uint8_t *pages, int tok0, int n, float *rows)
+{
+    RETURN_ERROR_IF(!c || !rows || !pages, KV_E_ARG, "kv_codec_decode_on: NULL %s", !c ? "codec" : !rows ? "rows" : "pages");
+    RETURN_ERROR_IF(tok0 < 0 || n < 1 || tok0 > (1 << 24) - n, KV_E_ARG, "codec '%s': tokens %d.. (%d of them) are no range within 0..%d", c->ops->name, tok0, n, 1 << 24);
+    const kv_backend *b;
+    kv_backend_codec d;
+    int number;
+    char err[256] = "";
+    FORWARD_IF_ERROR(open_codec(device, c, &b, &number, &d));
+    const int status = b->codec_decode(number, &d, pages, tok0, n, rows, err, sizeof err);
+    kv_codec_device_free(&d);
+    return status < 0 ? kv_set_error(status, "%s: %s", b->name, err) : KV_OK;
+}
