@@ -2,6 +2,7 @@
 FLAVOUR ?= release
 BUILD   ?= build/$(FLAVOUR)
 CC      ?= cc
+CXX     ?= g++
 LUAJIT  ?= luajit
 
 .PHONY: help
@@ -11,6 +12,7 @@ help:
 	@echo 'make test       build, lint, every test; the last line is N passed, N failed, N skipped'
 	@echo 'make lint | asan | valgrind | fuzz [FUZZ_SECONDS=60]'
 	@echo 'make cuda       the CUDA plugin alone        make gpu-test   its specs, on a machine with a GPU'
+	@echo 'make emulated   the same kernels for the CPU: the device "emulated" of the tests'
 	@echo 'make install PREFIX=/usr/local               make dist       a tree that runs on another machine'
 	@echo 'make bench      the speed pages rows         make clean'
 
@@ -122,6 +124,33 @@ $(BUILD)/cuda/%: tests/cuda/%.cu $(wildcard kernels/include/kelvin/*)
 	@echo "  nvcc $<"
 	@$(NVCC) -O3 -std=c++17 -Ikernels/include -cudart static -gencode arch=compute_$(ATTEND_ARCH),code=sm_$(ATTEND_ARCH) -gencode arch=compute_80,code=compute_80 $< -o $@
 
+# ---- the same kernels by g++ under tests/emulate's CUDA: the device "emulated", for tests on machines without a GPU.
+CXXFLAGS.release := -O2 -g1
+CXXFLAGS.asan    := $(CFLAGS.asan)
+EMULATED     := $(BUILD)/libkelvin_emulated.so
+EMULATE_SRC  := $(sort $(wildcard tests/emulate/*.cpp))
+EMULATE_OBJ  := $(EMULATE_SRC:%.cpp=$(BUILD)/%.o)
+EMULATED_OBJ := $(CUDA_SRC:%.cu=$(BUILD)/emulated/%.o)
+EMULATE_FLAGS = -std=c++17 $(CXXFLAGS.$(FLAVOUR)) -fPIC -fvisibility=hidden -ffp-contract=off -pthread -fno-strict-aliasing -DKV_EMULATE -Wall -Wno-unknown-pragmas -Wno-sign-compare -Wno-parentheses \
+                -Itests/emulate -Icore -Ikernels -Ikernels/include
+.PHONY: emulated
+emulated: $(EMULATED) $(BUILD)/emulated/attend_check
+$(EMULATE_OBJ): $(BUILD)/%.o: %.cpp
+	@mkdir -p $(@D)
+	@echo "  c++ $<"
+	@$(CXX) $(EMULATE_FLAGS) -O3 -MMD -MP -c $< -o $@
+$(BUILD)/emulated/%.o: %.cu
+	@mkdir -p $(@D)
+	@echo "  c++ $<"
+	@$(CXX) -x c++ $(EMULATE_FLAGS) -MMD -MP -c $< -o $@
+$(EMULATED): $(EMULATED_OBJ) $(EMULATE_OBJ)
+	@echo "  link $@"
+	@$(CXX) $(CXXFLAGS.$(FLAVOUR)) -shared -pthread -o $@ $^ -ldl -Wl,-z,nodelete $(if $(filter asan,$(FLAVOUR)),,-Wl,-z,defs)
+$(BUILD)/emulated/%_check: $(BUILD)/emulated/tests/cuda/%_check.o $(EMULATE_OBJ)
+	@echo "  link $@"
+	@$(CXX) $(CXXFLAGS.$(FLAVOUR)) -pthread -o $@ $^
+.PRECIOUS: $(BUILD)/emulated/%.o
+
 # ---- lint, sanitizers, fuzzing
 .PHONY: lint asan fuzz gpu-test
 # On a machine with a GPU: the whole suite, whose GPU specs are pending elsewhere.
@@ -179,7 +208,7 @@ build/fuzz/bin/%: tests/fuzz/%.c tests/fuzz/fuzz.h $(OBJ)
 	@$(CC) $(subst fuzzer-no-link,fuzzer,$(KV_CFLAGS)) $< $(OBJ) $(LIBS) -o $@
 
 # ---- the demo: from a bare machine to a Pareto plot.  MODEL=path.gguf and TEXT=path.txt measure your own; RESUME=1 goes on.
-APT_PACKAGES := gcc make pkg-config git libc6-dev libluajit-5.1-dev luajit libcjson-dev libpcre2-dev libopenblas-dev libedit-dev zlib1g-dev liblzma-dev \
+APT_PACKAGES := gcc g++ make pkg-config git libc6-dev libluajit-5.1-dev luajit libcjson-dev libpcre2-dev libopenblas-dev libedit-dev zlib1g-dev liblzma-dev \
                 lua-argparse lua-busted lua-check python3-pip unzip ca-certificates
 MODEL ?=
 TEXT  ?=
@@ -247,7 +276,7 @@ specs: $(LIB) $(HOST)
 # tests/c_spec.lua runs the C tests and the house rules, so busted's closing line counts everything.
 .PHONY: test
 test: packages
-	@$(MAKE) --no-print-directory -j$$(nproc) all ctests
+	@$(MAKE) --no-print-directory -j$$(nproc) all ctests emulated
 	@$(HOST) models get smollm2-135m > /dev/null || echo "test: without the model, specs that need it are skipped"
 	@FLAVOUR=$(FLAVOUR) $(BUSTED) $(SPECS)
 
@@ -255,4 +284,4 @@ test: packages
 clean:
 	rm -rf build
 
--include $(HOST).d $(OBJ:.o=.d) $(CTESTS:%=%.d)
+-include $(HOST).d $(OBJ:.o=.d) $(CTESTS:%=%.d) $(EMULATE_OBJ:.o=.d) $(EMULATED_OBJ:.o=.d) $(wildcard $(BUILD)/emulated/tests/cuda/*.d)

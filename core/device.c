@@ -1,7 +1,8 @@
 /* device.c -- finds the back end of a device's name.
  *
- * libkelvin_cuda.so is looked for beside libkelvin.so and loaded on the first request.  It has no libkelvin symbols and
- * needs no driver to load: its probe says in words what is missing. */
+ * A plugin is looked for beside libkelvin.so and loaded on the first request.  It has no libkelvin symbols and libkelvin_cuda.so
+ * needs no driver to load: its probe says in words what is missing.  "emulated" is a device for tests: the CUDA plugin's kernels
+ * built for the CPU (tests/emulate, make emulated), slow, never installed. */
 #include <dlfcn.h>
 #include <limits.h>
 #include <pthread.h>
@@ -11,42 +12,60 @@
 #include "device.h"
 
 static struct plugin {
+    const char *device, *file, *build;              /* what makes it, for the message when it is not there */
     const kv_backend *table;
     char path[PATH_MAX], reason[PATH_MAX + 512];
-} cuda;
-static pthread_once_t cuda_once = PTHREAD_ONCE_INIT;
+} plugins[] = {
+    { .device = "cuda", .file = "libkelvin_cuda.so", .build = "make cuda, which needs nvcc" },
+    { .device = "emulated", .file = "libkelvin_emulated.so", .build = "make emulated" },
+};
+static pthread_once_t plugins_once[] = { PTHREAD_ONCE_INIT, PTHREAD_ONCE_INIT };
 
-static void load_cuda(void)
+static void load(struct plugin *p)
 {
     Dl_info self;
-    if (!dladdr(&cuda, &self) || !self.dli_fname) {
-        snprintf(cuda.reason, sizeof cuda.reason, "the folder of libkelvin.so is unknown");
+    if (!dladdr(plugins, &self) || !self.dli_fname) {
+        snprintf(p->reason, sizeof p->reason, "the folder of libkelvin.so is unknown");
         return;
     }
     const char *slash = strrchr(self.dli_fname, '/');
     const int folder = slash ? (int)(slash - self.dli_fname) : 0;
-    snprintf(cuda.path, sizeof cuda.path, "%.*s/libkelvin_cuda.so", folder ? folder : 1, folder ? self.dli_fname : ".");
-    if (access(cuda.path, R_OK) != 0) {
-        snprintf(cuda.reason, sizeof cuda.reason, "plugin not built (no libkelvin_cuda.so beside libkelvin.so): run make cuda, which needs nvcc");
-        cuda.path[0] = 0;
+    snprintf(p->path, sizeof p->path, "%.*s/%s", folder ? folder : 1, folder ? self.dli_fname : ".", p->file);
+    if (access(p->path, R_OK) != 0) {
+        snprintf(p->reason, sizeof p->reason, "plugin not built (no %s beside libkelvin.so): run %s", p->file, p->build);
+        p->path[0] = 0;
         return;
     }
-    void *so = dlopen(cuda.path, RTLD_NOW | RTLD_LOCAL);
+    void *so = dlopen(p->path, RTLD_NOW | RTLD_LOCAL);
     const kv_backend *(*get)(void) = NULL;
     if (so) {
         void *symbol = dlsym(so, "kv_backend_get");
         memcpy(&get, &symbol, sizeof get);
     }
     if (!get) {
-        snprintf(cuda.reason, sizeof cuda.reason, "%s does not load: %.400s", cuda.path, dlerror());
+        snprintf(p->reason, sizeof p->reason, "%s does not load: %.400s", p->path, dlerror());
         return;
     }
     const kv_backend *table = get();
     if (table->abi != KV_BACKEND_ABI) {
-        snprintf(cuda.reason, sizeof cuda.reason, "libkelvin_cuda.so has back-end version %d, libkelvin.so needs %d: run make cuda", table->abi, KV_BACKEND_ABI);
+        snprintf(p->reason, sizeof p->reason, "%s has back-end version %d, libkelvin.so needs %d: run make %s", p->file, table->abi, KV_BACKEND_ABI, p->device);
         return;
     }
-    cuda.table = table;
+    p->table = table;
+}
+static void load_cuda(void) { load(&plugins[0]); }
+static void load_emulated(void) { load(&plugins[1]); }
+
+/* The plugin that a device's name is about, or null. */
+static const struct plugin *plugin_of(const char *device)
+{
+    const size_t n = strcspn(device, ":");
+    for (size_t i = 0; i < sizeof plugins / sizeof *plugins; i++)
+        if (strlen(plugins[i].device) == n && !strncmp(device, plugins[i].device, n)) {
+            pthread_once(&plugins_once[i], i ? load_emulated : load_cuda);
+            return &plugins[i];
+        }
+    return NULL;
 }
 
 int kv_device_open(const char *device, const kv_backend **out, int *number)
@@ -57,23 +76,22 @@ int kv_device_open(const char *device, const kv_backend **out, int *number)
         *out = &kv_backend_cpu;
         return KV_OK;
     }
-    char *end;
-    const bool numbered = !strncmp(device, "cuda:", 5);
-    if (numbered) {
-        const long n = strtol(device + 5, &end, 10);
-        RETURN_ERROR_IF(end == device + 5 || *end || n < 0 || n > 63, KV_E_ARG, "device '%s' is not cpu, cuda or cuda:N with N in 0..63", device);
+    const struct plugin *p = plugin_of(device);
+    RETURN_ERROR_IF(!p, KV_E_ARG, "device '%s' is not cpu, cuda or cuda:N", device);
+    const char *colon = strchr(device, ':');
+    if (colon) {
+        char *end;
+        const long n = strtol(colon + 1, &end, 10);
+        RETURN_ERROR_IF(end == colon + 1 || *end || n < 0 || n > 63, KV_E_ARG, "device '%s' is not cpu, %s or %s:N with N in 0..63", device, p->device, p->device);
         *number = (int)n;
-    } else {
-        RETURN_ERROR_IF(strcmp(device, "cuda"), KV_E_ARG, "device '%s' is not cpu, cuda or cuda:N", device);
     }
-    pthread_once(&cuda_once, load_cuda);
-    RETURN_ERROR_IF(!cuda.table, KV_E_DEVICE, "cuda: %s", cuda.reason);
+    RETURN_ERROR_IF(!p->table, KV_E_DEVICE, "%s: %s", p->device, p->reason);
     int n_devices = 0, driver = 0, runtime = 0;
     char err[256];
-    const int status = cuda.table->probe(&n_devices, &driver, &runtime, err, sizeof err);
-    RETURN_ERROR_IF(status < 0, KV_E_DEVICE, "cuda: %s", err);
-    RETURN_ERROR_IF(*number >= n_devices, KV_E_DEVICE, "device '%s' is not there: %d CUDA device%s found", device, n_devices, n_devices == 1 ? "" : "s");
-    *out = cuda.table;
+    const int status = p->table->probe(&n_devices, &driver, &runtime, err, sizeof err);
+    RETURN_ERROR_IF(status < 0, KV_E_DEVICE, "%s: %s", p->device, err);
+    RETURN_ERROR_IF(*number >= n_devices, KV_E_DEVICE, "device '%s' is not there: %d %s device%s found", device, n_devices, p->device, n_devices == 1 ? "" : "s");
+    *out = p->table;
     return KV_OK;
 }
 
@@ -86,7 +104,8 @@ int kv_device_query(const char *device, kv_device_info *out)
     int number;
     const int status = kv_device_open(device, &b, &number);
     if (status == KV_E_ARG) return status;
-    if (device && !strncmp(device, "cuda", 4)) out->plugin = cuda.path;
+    const struct plugin *p = plugin_of(device);
+    if (p) out->plugin = p->path;
     if (status < 0) {
         snprintf(reason, sizeof reason, "%s", kv_last_error());
         out->reason = reason;

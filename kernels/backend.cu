@@ -71,7 +71,11 @@ static kv_backend make_table()
 {
     kv_backend t = {};
     t.abi = KV_BACKEND_ABI;
+#ifdef KV_EMULATE
+    t.name = "emulated";
+#else
     t.name = "cuda";
+#endif
     t.probe = probe;
     t.describe = describe;
     t.alloc = device_alloc;

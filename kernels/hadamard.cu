@@ -35,7 +35,8 @@ __global__ void hadamard_warp(float *x, const float *sign, int n_rows, int n, fl
 
 __global__ void hadamard_block(float *x, const float *sign, int n, float scale)
 {
-    extern __shared__ float s[];
+    KV_SHARED_DYNAMIC(memory);
+    float *s = (float *)memory;
     float *p = x + (long long)blockIdx.x * n;
     for (int i = threadIdx.x; i < n; i += blockDim.x) s[i] = sign ? p[i] * sign[i] : p[i];
     for (int h = 1; h < n; h *= 2) {
@@ -56,13 +57,13 @@ cudaError_t kv_cuda_hadamard(float *x, const float *sign, int n_rows, int n, cud
     const float scale = (float)(1.0 / sqrt((double)n));
     const int blocks = (n_rows + WARPS - 1) / WARPS;
     switch (n <= 32 ? 1 : n / 32) {
-    case 1:  hadamard_warp<1><<<blocks, WARPS * 32, 0, stream>>>(x, sign, n_rows, n, scale); break;
-    case 2:  hadamard_warp<2><<<blocks, WARPS * 32, 0, stream>>>(x, sign, n_rows, n, scale); break;
-    case 4:  hadamard_warp<4><<<blocks, WARPS * 32, 0, stream>>>(x, sign, n_rows, n, scale); break;
-    case 8:  hadamard_warp<8><<<blocks, WARPS * 32, 0, stream>>>(x, sign, n_rows, n, scale); break;
-    case 16: hadamard_warp<16><<<blocks, WARPS * 32, 0, stream>>>(x, sign, n_rows, n, scale); break;
-    case 32: hadamard_warp<32><<<blocks, WARPS * 32, 0, stream>>>(x, sign, n_rows, n, scale); break;
-    default: hadamard_block<<<n_rows, 512, (size_t)n * sizeof(float), stream>>>(x, sign, n, scale);
+    case 1:  KV_LAUNCH(hadamard_warp<1>, blocks, WARPS * 32, 0, stream, x, sign, n_rows, n, scale); break;
+    case 2:  KV_LAUNCH(hadamard_warp<2>, blocks, WARPS * 32, 0, stream, x, sign, n_rows, n, scale); break;
+    case 4:  KV_LAUNCH(hadamard_warp<4>, blocks, WARPS * 32, 0, stream, x, sign, n_rows, n, scale); break;
+    case 8:  KV_LAUNCH(hadamard_warp<8>, blocks, WARPS * 32, 0, stream, x, sign, n_rows, n, scale); break;
+    case 16: KV_LAUNCH(hadamard_warp<16>, blocks, WARPS * 32, 0, stream, x, sign, n_rows, n, scale); break;
+    case 32: KV_LAUNCH(hadamard_warp<32>, blocks, WARPS * 32, 0, stream, x, sign, n_rows, n, scale); break;
+    default: KV_LAUNCH(hadamard_block, n_rows, 512, (size_t)n * sizeof(float), stream, x, sign, n, scale);
     }
     return cudaGetLastError();
 }

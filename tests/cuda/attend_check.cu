@@ -190,7 +190,7 @@ static bool check(const shape &s, unsigned seed)
     a.scale = 1 / std::sqrt((float)D), a.kb = kb, a.vb = vb;
     std::vector<float> got(want.size()), again(want.size());
     for (int i = 0; i < 2; i++) {
-        f->fn<<<grid, 128, f->shared_bytes>>>(a);
+        KV_LAUNCH(f->fn, grid, 128, f->shared_bytes, 0, a);
         CU(cudaGetLastError());
         CU(cudaDeviceSynchronize());
         CU(cudaMemcpy((i ? again : got).data(), out, got.size() * 4, cudaMemcpyDeviceToHost));
@@ -295,14 +295,14 @@ static int run_bench()
     float *o;
     CU(cudaMalloc(&pool, room));
     CU(cudaMalloc(&o, 1 << 20));
-    fill<<<2048, 256>>>((uint32_t *)pool, room / 4, 7);
+    KV_LAUNCH(fill, 2048, 256, 0, 0, (uint32_t *)pool, room / 4, 7u);
     CU(cudaDeviceSynchronize());
     int sms;
     CU(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, 0));
     double ceiling = 0;
     for (int per_sm : { 2, 4, 8 }) {
         const size_t per = (((size_t)4 << 30) / 16 / 32 / ((size_t)sms * per_sm * 8)) & ~(size_t)7;
-        const double us = median_us([&](int) { read_only<8><<<sms * per_sm, 256>>>((const uint4 *)pool, per, o); });
+        const double us = median_us([&](int) { KV_LAUNCH(read_only<8>, sms * per_sm, 256, 0, 0, (const uint4 *)pool, per, o); });
         ceiling = std::max(ceiling, per * 32 * 16 * 8.0 * sms * per_sm / us / 1e6);
     }
     printf("read-only ceiling %.3f TB/s\n", ceiling);
@@ -312,7 +312,7 @@ static int run_bench()
             const int group = f.g, hkv = 8, D = f.d, page_tiles = 2, tiles = w.len / 32, max_pages = tiles / page_tiles;
             const size_t bytes = (size_t)w.b * hkv * tiles * f.tile_bytes, copies = std::min<size_t>(8, room / bytes);
             if (copies < 1) continue;
-            fill_norms<<<1024, 256>>>(pool, copies * bytes / f.tile_bytes, f.tile_bytes, 1.0f, 1.0f);
+            KV_LAUNCH(fill_norms, 1024, 256, 0, 0, pool, copies * bytes / f.tile_bytes, f.tile_bytes, 1.0f, 1.0f);
             std::vector<int> pages((size_t)w.b * max_pages), len(w.b, w.len);
             std::mt19937 rng(5);
             for (size_t i = 0; i < pages.size(); i++) pages[i] = (int)i;
@@ -332,7 +332,7 @@ static int run_bench()
             a.q = device(q), a.pages = device(pages), a.n_codes = device(len), a.sign = device(sign);
             a.n_seqs = w.b, a.n_heads = hkv * group, a.n_kv_heads = hkv, a.max_pages = max_pages, a.page_shift = 1;
             a.scale = 1 / std::sqrt((float)D), a.kb = codebook_of(f.kb, c.data()), a.vb = codebook_of(f.vb, cv.data());
-            const double us = median_us([&](int i) { a.pool = pool + (size_t)(i % copies) * bytes; f.fn<<<grid, 128, f.shared_bytes>>>(a); });
+            const double us = median_us([&](int i) { a.pool = pool + (size_t)(i % copies) * bytes; KV_LAUNCH(f.fn, grid, 128, f.shared_bytes, 0, a); });
             cudaFuncAttributes at;
             CU(cudaFuncGetAttributes(&at, f.fn));
             printf("K%d V%d D%-3d g%d B%-2d L%-6d  %8.1f us  %.3f TB/s  %5.1f %%  (%.0f MB, %d regs, %zu local, %d KB shared, %d blocks/SM)\n", f.kb, f.vb, D, group, w.b, w.len, us, bytes / us / 1e6,

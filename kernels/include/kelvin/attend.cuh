@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(detail::WARPS * 32, BLOCKS) attend_kernel(cons
 {
     using namespace detail;
     using ring = ring_of<KB, VB, D, G, BLOCKS>;
-    extern __shared__ uint8_t memory[];
+    KV_SHARED_DYNAMIC(memory);
     shared_row<G, D> &s = *(shared_row<G, D> *)memory;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, runs = runs_of<G>(a), per_seq = a.n_kv_heads * runs;
 

@@ -1,6 +1,6 @@
 // hadamard.cuh -- the butterflies of a fast Walsh-Hadamard transform over a warp.
 #pragma once
-#include <cuda_runtime.h>
+#include "launch.cuh"
 
 namespace kelvin {
 

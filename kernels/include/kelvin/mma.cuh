@@ -2,9 +2,20 @@
 #pragma once
 #include <cstdint>
 #include <cuda_fp16.h>
-#include <cuda_runtime.h>
+#include "launch.cuh"
+#ifdef KV_EMULATE
+#include <mma_host.h>               // the same functions for the emulator
+#endif
 
 namespace kelvin {
+
+// Sums start at a float's bits: an integer |n| < 2^22 added to them is that float plus n, so no conversion follows the product.
+constexpr uint32_t MAGIC_BITS = 0x4B400000u;
+constexpr float    MAGIC      = 12582912.0f;
+
+__device__ __forceinline__ float counted(int d) { return __int_as_float(d) - MAGIC; }
+
+#ifndef KV_EMULATE
 
 __device__ __forceinline__ uint32_t byte_lookup(uint32_t low, uint32_t high, uint32_t selectors)
 {
@@ -20,12 +31,6 @@ __device__ __forceinline__ uint32_t and_or(uint32_t a, uint32_t b, uint32_t c)
     asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
     return r;
 }
-
-// Sums start at a float's bits: an integer |n| < 2^22 added to them is that float plus n, so no conversion follows the product.
-constexpr uint32_t MAGIC_BITS = 0x4B400000u;
-constexpr float    MAGIC      = 12582912.0f;
-
-__device__ __forceinline__ float counted(int d) { return __int_as_float(d) - MAGIC; }
 
 // d = magic + A B, A 16 x 32 signed bytes by rows, B 32 x 8 bytes by columns; read by `counted`.
 __device__ __forceinline__ void product_s8(int d[4], const uint32_t a[4], uint32_t b0, uint32_t b1)
@@ -83,5 +88,7 @@ __device__ __forceinline__ float exp2_fast(float x)
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
     return r;
 }
+
+#endif  // KV_EMULATE
 
 }  // namespace kelvin
