@@ -108,6 +108,10 @@ typedef struct kv_backend {
     /* n_steps decode steps of all sequences of one cache: first [n_seqs] is fed, each next token sampled on the device; tokens [n_steps][n_seqs].
      * One captured graph serves all lengths.  seconds: the device's time, or NULL. */
     int  (*generate)(kv_backend_runner *r, kv_backend_cache *c, const int32_t *first, int n_steps, const kv_backend_sampler *s, int32_t *host_tokens, double *seconds, char *err, size_t err_cap);
+
+    /* ---- measurements.  cases: one a line, a name of the back end's list and words key=value; json: one object a line, in their order.
+     * All cases of a call take turns `repeats` times, so that a ceiling among them is of the same moments. */
+    int  (*bench)(int device, const char *cases, int repeats, char *json, size_t json_cap, char *err, size_t err_cap);
 } kv_backend;
 
 /* A plugin exports: const kv_backend *kv_backend_get(void); */

@@ -145,3 +145,16 @@ int kv_device_hadamard(const char *device, float *x, const float *sign, int n_ro
     if (ds) b->release(dev, ds);
     return status < 0 ? kv_set_error(status, "%s: %s", b->name, err) : KV_OK;
 }
+
+int kv_device_bench(const char *device, const char *cases, int repeats, char *json, int json_cap)
+{
+    RETURN_ERROR_IF(!cases || !json || json_cap < 1, KV_E_ARG, "kv_device_bench: NULL argument or no room");
+    RETURN_ERROR_IF(repeats < 1 || repeats > 10000, KV_E_ARG, "bench: repeats=%d is outside 1..10000", repeats);
+    const kv_backend *b;
+    int number;
+    char err[256] = "";
+    FORWARD_IF_ERROR(kv_device_open(device, &b, &number));
+    RETURN_ERROR_IF(!b->bench, KV_E_UNSUPPORTED, "device '%s' has no measurements: cuda has", device);
+    const int status = b->bench(number, cases, repeats, json, (size_t)json_cap, err, sizeof err);
+    return status < 0 ? kv_set_error(status, "%s: bench: %s", b->name, err) : KV_OK;
+}

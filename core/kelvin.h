@@ -460,6 +460,8 @@ typedef struct kv_device_info {
 int  kv_device_query(const char *device, kv_device_info *out);    /* "cpu", "cuda", "cuda:1" */
 /* Sign flip then orthonormal FWHT of rows, on a device: x is host memory [n_rows, n]; the result is copied back. */
 int  kv_device_hadamard(const char *device, float *x, const float *sign, int n_rows, int n);
+/* The device's own measurements (kernels/bench.cu): cases, one a line, in turns; json takes one object a line. */
+int  kv_device_bench(const char *device, const char *cases, int repeats, char *json, int json_cap);
 /* @cdef-end */
 #pragma GCC visibility pop
 #ifdef __cplusplus

@@ -87,6 +87,7 @@ static kv_backend make_table()
     t.codec_known = kv_cuda_codec_known;
     t.codec_encode = kv_cuda_codec_encode;
     t.codec_decode = kv_cuda_codec_decode;
+    t.bench = kv_cuda_bench;
     return t;
 }
 

@@ -10,3 +10,5 @@ struct kv_backend_codec;
 int kv_cuda_codec_known(const char *family);
 int kv_cuda_codec_encode(int device, const kv_backend_codec *c, const float *host_rows, int n, uint8_t *host_pages, char *err, size_t cap);
 int kv_cuda_codec_decode(int device, const kv_backend_codec *c, const uint8_t *host_pages, int tok0, int n, float *host_rows, char *err, size_t cap);
+// backend.h's `bench`.
+int kv_cuda_bench(int device, const char *cases, int repeats, char *json, size_t json_cap, char *err, size_t err_cap);

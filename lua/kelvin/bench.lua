@@ -39,10 +39,13 @@ end
 doc("kv.bench", [[
   kv.bench.decode{ model =, arms = { "f16", "turboquant-4" }, depths = { 0, 4096 }, repeats = 5, tokens = 16, calib = } -> rows
   kv.bench.codecs{ names =, dims = { 64 }, queries = 4, repeats = 5, ggml = } -> rows;  kv.bench.eval{ model = } -> row
+  kv.bench.gpu{ device = "cuda", shapes =, bits = { { 4, 4 } }, repeats = 21, peers = FILE, rows = FILE } -> rows
   What `kelvin bench` prints.  decode: tokens/s at a depth, bytes of the cache, floor_us (weights and cache once over the
   measured read bandwidth) and share (floor / time).  codecs: every preset; GB/s of f32 source and of stored bytes on one
   thread for encode, decode, dot and accumulate, memcpy's, and whether attention on codes beats decoding a page to f32
-  first; ggml: a folder of its libraries, timed in the same run.  eval: tokens/s and the share of the f32 sgemm rate.]])
+  first; ggml: a folder of its libraries, timed in the same run.  eval: tokens/s and the share of the f32 sgemm rate.
+  gpu: decode attention on codes as a share of the read-only ceiling of the same moments, with what limits it; peers: rows of
+  tests/bench/gpu_peers.py; rows: JSON lines, with a manifest, table.md and share.svg beside them.]])
 function M.decode(o)
   local model = type(o.model) == "string" and require("kelvin.model").open(o.model) or o.model
   local policies = require "kelvin.policy"
@@ -131,6 +134,9 @@ local function numbers(what, text, least)
   return list
 end
 
+--- gpu{...}: see kelvin.bench_gpu.
+function M.gpu(o) return require("kelvin.bench_gpu").run(o) end
+
 --- main(options): `kelvin bench`.
 function M.main(a)
   local arms = a.arm and #a.arm > 0 and a.arm or nil
@@ -142,6 +148,13 @@ function M.main(a)
   elseif a.what == "codecs" then
     local dims = numbers("dim", a.dim, 1)
     result = M.codecs { names = arms, dims = dims, queries = a.queries, repeats = a.repeats, ggml = a.ggml, rows = a.rows }
+  elseif a.what == "gpu" then
+    local gpu, shapes = require "kelvin.bench_gpu", nil
+    for i, text in ipairs(a.shape) do
+      shapes = shapes or {}
+      shapes[i] = gpu.parse_shape(text)
+    end
+    result = M.gpu { device = a.device, shapes = shapes, bits = gpu.parse_bits(a.bits), repeats = a.repeats, peers = a.peers, rows = a.rows }
   else result = M.eval { model = a.model, arms = arms } end
   if a.format == "json" then
     local json = require "kelvin.json"

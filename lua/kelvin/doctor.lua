@@ -23,7 +23,14 @@ function M.report()
   for _, name in ipairs { "cpu", "cuda" } do
     local ok, d = pcall(lib.device, name)
     if not ok then say("missing", name, d)
-    elseif d.available then say("ok", name, d.memory_bytes > 0 and ("%s, %.0f GB"):format(d.name, d.memory_bytes / 1e9) or d.name)
+    elseif d.available then
+      say("ok", name, d.memory_bytes > 0 and ("%s, %.0f GB, sm_%d, driver for CUDA %d.%d, built with %d.%d"):format(d.name, d.memory_bytes / 1e9, d.sm, math.floor(d.driver / 1000), d.driver % 1000 / 10,
+        math.floor(d.runtime / 1000), d.runtime % 1000 / 10) or d.name)
+      if name == "cuda" then
+        say("ok", "plugin", d.plugin)
+        local measured, c = pcall(function() return require("kelvin.bench_gpu").ceilings(name, 2 ^ 30, 5) end)
+        say(measured and "ok" or "FAILED", "memory", measured and ("read %.2f TB/s, copy %.2f TB/s (read and written)"):format(c.read_tb_per_s, c.copy_tb_per_s) or tostring(c))
+      end
     else say("missing", name, d.reason) end
   end
   local ok, names = pcall(function() return require("kelvin.codec").names() end)

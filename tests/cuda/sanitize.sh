@@ -1,0 +1,36 @@
+#!/bin/sh
+# sanitize.sh -- the GPU programs and specs under compute-sanitizer: memcheck, racecheck, initcheck.  `make gpu-sanitize` calls it.
+#   sanitize.sh FOLDER [TOOL...]      FOLDER: of the programs (attend_check, user_kernel); KELVIN_TEST: the runner of specs, or nothing
+# A line a tool and target, PASS or FAIL with the first finding; exits 1 when one failed, 2 when the tool is not here.
+here=$(cd "$(dirname "$0")" && pwd)
+programs=${1:?sanitize.sh: the folder of the programs is needed}
+shift
+tools=${*:-memcheck racecheck initcheck}
+sanitizer=${SANITIZER:-$(command -v compute-sanitizer || echo /usr/local/cuda/bin/compute-sanitizer)}
+log=${OUT:-/tmp}/sanitize.log
+[ -x "$sanitizer" ] || { echo "sanitize: compute-sanitizer is not here (CUDA Toolkit): nothing was checked"; exit 2; }
+: > "$log"
+failed=0
+run() { # tool, name, command...
+    tool=$1 name=$2
+    shift 2
+    start=$(date +%s)
+    out=$(timeout "${SANITIZE_SECONDS:-120}" "$sanitizer" --tool "$tool" --error-exitcode 9 --target-processes all --print-limit 3 "$@" 2>&1)
+    rc=$?
+    printf '=== %s %s: rc %s\n%s\n' "$tool" "$name" "$rc" "$out" >> "$log"
+    if [ $rc = 0 ]; then echo "PASS $tool $name ($(($(date +%s) - start)) s)"
+    else
+        failed=1
+        echo "FAIL $tool $name: rc $rc, $(printf '%s\n' "$out" | grep -m1 -E '========= (Invalid|Error|Race|Uninitialized|Program|.*hazard)|FAIL|rror' | cut -c1-160)"
+    fi
+}
+for tool in $tools; do
+    for p in attend_check user_kernel; do
+        [ -x "$programs/$p" ] || { echo "SKIP $tool $p: not built"; continue; }
+        case $p in attend_check) run "$tool" $p "$programs/$p" small ;; *) run "$tool" $p "$programs/$p" ;; esac
+    done
+    if [ -n "$KELVIN_TEST" ]; then
+        for spec in ${SANITIZE_SPECS:-$(cd "$here" && ls ./*_spec.lua | grep -v attend_spec | sed 's,^\./,tests/cuda/,')}; do run "$tool" "$spec" $KELVIN_TEST "$spec"; done
+    fi
+done
+exit $failed
