@@ -19,6 +19,7 @@ typedef struct kv_backend_codec {
     size_t      page_bytes;
     const void *pod;
     size_t      pod_bytes;
+    size_t      used_bytes;                /* of page_bytes, without the padding at its end; for cache_mutate.  0: all */
 } kv_backend_codec;
 
 /* ---- a plan, resolved: slot [n_layers][n_kv_heads][2], K before V */

@@ -10,7 +10,8 @@ int kv_codec_device(const kv_codec *c, kv_backend_codec *out)
     RETURN_ERROR_IF(!c->ops->device, KV_E_UNSUPPORTED, "codec '%s' has no device form (`kelvin codecs` says which have)", c->ops->name);
     FORWARD_IF_ERROR(c->ops->device(c, &pod, &bytes));
     *out = (kv_backend_codec){ .family = c->ops->name, .params = c->text, .head_dim = c->head_dim, .page_tokens = c->page_tokens,
-        .granule = c->granule, .side = c->side, .page_bytes = c->page_bytes, .pod = pod, .pod_bytes = bytes };
+        .granule = c->granule, .side = c->side, .page_bytes = c->page_bytes, .pod = pod, .pod_bytes = bytes,
+        .used_bytes = c->page_bytes - (size_t)c->page.padding };
     return KV_OK;
 }
 

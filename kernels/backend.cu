@@ -88,6 +88,7 @@ static kv_backend make_table()
     t.codec_encode = kv_cuda_codec_encode;
     t.codec_decode = kv_cuda_codec_decode;
     t.bench = kv_cuda_bench;
+    kv_cache_entries(&t);
     return t;
 }
 

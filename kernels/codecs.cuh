@@ -28,7 +28,7 @@ inline int codec_family(const char *family)
 }
 
 // A warp's row, and a warp's granule (codec.cuh).  Not inlined: a kernel holds them once.
-static __device__ __noinline__ void codec_decode(const dev_codec &c, const uint8_t *page, int tok, float *row, float *scratch, int lane)
+[[maybe_unused]] static __device__ __noinline__ void codec_decode(const dev_codec &c, const uint8_t *page, int tok, float *row, float *scratch, int lane)
 {
     switch (c.family) {
 #define X(name) case FAMILY_##name: name##_codec::decode(c, page, tok, row, scratch, lane); break;
@@ -36,7 +36,7 @@ static __device__ __noinline__ void codec_decode(const dev_codec &c, const uint8
 #undef X
     }
 }
-static __device__ __noinline__ void codec_encode(const dev_codec &c, uint8_t *page, int tok0, const float *x, long long ld, float *scratch, int lane)
+[[maybe_unused]] static __device__ __noinline__ void codec_encode(const dev_codec &c, uint8_t *page, int tok0, const float *x, long long ld, float *scratch, int lane)
 {
     switch (c.family) {
 #define X(name) case FAMILY_##name: name##_codec::encode(c, page, tok0, x, ld, scratch, lane); break;

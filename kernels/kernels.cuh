@@ -12,3 +12,7 @@ int kv_cuda_codec_encode(int device, const kv_backend_codec *c, const float *hos
 int kv_cuda_codec_decode(int device, const kv_backend_codec *c, const uint8_t *host_pages, int tok0, int n, float *host_rows, char *err, size_t cap);
 // backend.h's `bench`.
 int kv_cuda_bench(int device, const char *cases, int repeats, char *json, size_t json_cap, char *err, size_t err_cap);
+
+// Fills the table's cache_* entries (cache_table.cu).
+struct kv_backend;
+void kv_cache_entries(kv_backend *t);

@@ -9,10 +9,10 @@ breach() { # title, findings
 }
 files() { git ls-files --cached --others --exclude-standard -- "$@" 2>/dev/null || ls $@; }
 
-# ---- dependency rule: core knows neither Lua nor CUDA; kernels see backend.h, kelvin.h, bits.h; experiments only kelvin
+# ---- dependency rule: core knows neither Lua nor CUDA; kernels see backend.h, kelvin.h, bits.h, rng.h; experiments only kelvin
 breach "core includes Lua or CUDA" "$(grep -nE '#include *[<"](lua|lauxlib|cuda)' $(files 'core/*.c' 'core/*.h' 'core/codecs/*'))"
-breach "kernels include a core header other than backend.h, kelvin.h, bits.h and codecs' _device.h" \
-    "$(grep -nE '#include *"' $(files 'kernels/*.cu' 'kernels/*.cuh' 'kernels/include/*') | grep -vE '"(backend|kelvin|bits|codecs/[a-z]+_device)\.h"|"[a-z0-9_/]+\.cuh"')"
+breach "kernels include a core header other than backend.h, kelvin.h, bits.h, rng.h and codecs' _device.h" \
+    "$(grep -nE '#include *"' $(files 'kernels/*.cu' 'kernels/*.cuh' 'kernels/include/*') | grep -vE '"(backend|kelvin|bits|rng|codecs/[a-z]+_device)\.h"|"[a-z0-9_/]+\.cuh"')"
 breach "experiments require something other than kelvin" "$(grep -nE 'require *[("]' $(files 'experiments/*.lua') | grep -vE 'require *\(?"kelvin"')"
 breach "raw FFI outside lua/kelvin" "$(grep -lE 'require *\(?"ffi"' $(files 'experiments/*.lua' 'configs/*.lua') 2>/dev/null)"
 breach "core prints or exits" "$(grep -nE '[^a-z_](printf|puts|perror|exit|abort) *\(' $(files 'core/*.c' 'core/codecs/*') | grep -vE '(sn|vsn)printf|^core/edit.c:')"   # edit.c lists completions on the terminal it owns

@@ -1,0 +1,376 @@
+// attend_tile.cu -- attention over a cache of any codec, in f32: decode a tile of rows, then attend.
+//
+// The queries of a KV head's group are stacked: row r is new token r / group, head r % group.  A block takes a tile of such rows and walks over
+// tiles of keys, at absolute positions that are multiples of the tile, so that the order of a row's sums depends on nothing but its position: two
+// plans that give equal rows give equal bits.
+//
+//   few rows (a decode step)   16 rows; warps decode a tile's rows into shared memory.  Keys are split between blocks; the last to arrive merges.
+//   chunks                     16 to 64 rows.  Decoded rows come from a slab: all tiles of queries meet the same positions, decoded once, slab after
+//                              slab; maximum, sum and accumulator wait in memory in between.  No prefix is ever decoded as a whole.
+//
+// Query i sees position p decoded if p < sink + encoded(i + 1), else exact; the two sides apart.  Where a tile of keys holds both versions for a
+// tile of queries it is loaded twice, and a score or a weight is taken from its own version.  Exact rows come from sinks, ring and the step's k, v.
+//
+// 256 threads are 16 x 16: thread (r, c) has rows r + 16 i, scores of keys c + 16 j, and dims 4 c + 64 j of the accumulator, so a row's maximum, sum
+// and weights stay within a half warp.  A step of the score loop is 4 x 4 x 4 FMAs for 8 loads of 16 bytes, of the value loop 32 x 4 for 12.
+// Floor: n^2 / 2 x heads x 2 D FMAs a layer of a chunk over itself, at 128 a clock and SM.
+#include <algorithm>
+#include "cache_impl.cuh"
+#include "codecs.cuh"
+
+namespace kelvin {
+namespace {
+
+enum { THREADS = 256, LENT_WARPS = 8 };
+
+struct attend_job {
+    dev_layer    a;
+    const float *q, *k, *v;
+    float       *out;
+    float        scale, softcap;
+    int          n, d4;                         // new tokens; head_dim in steps of 4
+    const float *rows;                          // [n_seqs][n_kv_heads][2][slab][ld] decoded: positions from p0 on; or null
+    int          p0, p1, slab, ld, first, last; // of this slab
+    float       *state;                         // [n_seqs][n_kv_heads][stacked rows][D + 2]
+    float       *parts;                         // [n_seqs][n_kv_heads][row tiles][splits][16][D + 2]
+    int         *arrivals, n_splits;
+};
+
+template <int RI, int NJ> struct tile_shape {
+    static constexpr int KJ = NJ <= 2 ? 4 : NJ == 4 ? 2 : 1, KEYS = 16 * KJ, ROWS = 16 * RI, D = 64 * NJ, LD = D + 4, LP = KEYS + 4;
+    static constexpr int lenders = NJ == 8 ? 4 : LENT_WARPS;          // warps that decode
+    static constexpr size_t floats = (size_t)ROWS * LD + (size_t)KEYS * LD + (size_t)ROWS * LP;
+    static constexpr size_t bytes(bool few) { return sizeof(float) * (floats + (few ? (size_t)lenders * CODEC_SCRATCH : 0)); }
+};
+
+__device__ __forceinline__ float4 exact4(const dev_layer &a, const exact_row &r, int i)
+{
+    float x[4];
+#pragma unroll
+    for (int j = 0; j < 4; j++) x[j] = i + j < a.head_dim ? exact_value(r, a.dtype, i + j) : 0.0f;
+    return make_float4(x[0], x[1], x[2], x[3]);
+}
+
+struct tile_of_keys { int j0, j1, lo, from, to; bool decoded; };      // rows of [from, to) within [j0, j1) are loaded, the others zero
+
+// Rows of a tile of keys in one version to shared memory.
+template <int RI, int NJ, bool FEW>
+__device__ __forceinline__ void load_tile(const attend_job &job, const dev_slot &s, int side, int seq, int head, int length, const tile_of_keys &t, float *x, float *lent)
+{
+    using shape = tile_shape<RI, NJ>;
+    const dev_layer &a = job.a;
+    const float *fresh = side ? job.v : job.k;
+    if (FEW) {
+        const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+        if (warp >= shape::lenders) return;
+        for (int r = warp; r < shape::KEYS; r += shape::lenders) {
+            const int p = t.j0 + r;
+            float *row = x + r * shape::LD;
+            if (p < t.from || p >= t.to) {
+                for (int i = lane; i < shape::D; i += 32) row[i] = 0;
+            } else if (t.decoded && p >= a.sink) {
+                decode_slot_row(a, s, seq, p - a.sink, row, lent + warp * CODEC_SCRATCH, lane, codec_decode);
+            } else {
+                const exact_row e = find_exact(a, s, seq, head, p, length, job.n, fresh);
+                for (int i = lane; i < a.head_dim; i += 32) row[i] = exact_value(e, a.dtype, i);
+            }
+            __syncwarp();
+        }
+        return;
+    }
+    const float *rows = job.rows + (((size_t)seq * a.n_kv_heads + head) * 2 + side) * job.slab * job.ld;
+    for (int x4 = threadIdx.x; x4 < shape::KEYS * job.d4; x4 += THREADS) {
+        const int r = x4 / job.d4, i = x4 % job.d4 * 4, p = t.j0 + r;
+        float4 y = make_float4(0, 0, 0, 0);
+        if (p >= t.from && p < t.to) {
+            if (t.decoded && p >= a.sink) y = *(const float4 *)(rows + (size_t)(p - job.p0) * job.ld + i);
+            else y = exact4(a, find_exact(a, s, seq, head, p, length, job.n, fresh), i);
+        }
+        *(float4 *)(x + r * shape::LD + i) = y;
+    }
+}
+
+__device__ __forceinline__ float max_of_half(float x)
+{
+    for (int i = 8; i; i /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, i));
+    return x;
+}
+__device__ __forceinline__ float sum_of_half(float x)
+{
+    for (int i = 8; i; i /= 2) x += __shfl_xor_sync(~0u, x, i);
+    return x;
+}
+
+template <int RI, int NJ, bool FEW> __global__ void __launch_bounds__(THREADS, NJ <= 2 && !FEW ? 2 : 1) attend_kernel(const attend_job job)
+{
+    using shape = tile_shape<RI, NJ>;
+    constexpr int KJ = shape::KJ, KEYS = shape::KEYS, ROWS = shape::ROWS, LD = shape::LD, LP = shape::LP;
+    KV_SHARED_DYNAMIC(memory);
+    __shared__ int arrived;
+    const dev_layer &a = job.a;
+    float *q = (float *)memory, *x = q + ROWS * LD, *w = x + KEYS * LD, *lent = w + ROWS * LP;
+    const int r = threadIdx.x / 16, c = threadIdx.x % 16, head = blockIdx.y, seq = blockIdx.z, group = a.n_heads / a.n_kv_heads, m = job.n * group;
+    const int n_tiles = (m + ROWS - 1) / ROWS, tile = FEW ? blockIdx.x / job.n_splits : n_tiles - 1 - blockIdx.x, row0 = tile * ROWS;      // longest first
+    const int length = a.length[seq], i0 = length + row0 / group, i1 = length + (min(row0 + ROWS, m) - 1) / group;
+    const dev_slot sk = a.slot[head * 2], sv = a.slot[head * 2 + 1];
+
+    // Tiles of keys of this block.
+    const int lo = first_seen(a.window, i0);
+    int t0 = lo / KEYS, t1 = i1 / KEYS + 1, splits = 1;
+    const int split = FEW ? blockIdx.x % job.n_splits : 0;
+    if (FEW) {
+        const int all = t1 - t0, from = t0;
+        splits = min(job.n_splits, all);
+        if (split >= splits) return;
+        t0 = from + (int)((long long)all * split / splits);
+        t1 = from + (int)((long long)all * (split + 1) / splits);
+    } else {
+        t0 = max(t0, job.p0 / KEYS);
+        t1 = min(t1, job.p1 / KEYS);
+    }
+
+    for (int i = threadIdx.x; i < ROWS * shape::D; i += THREADS) {
+        const int row = i / shape::D, dim = i % shape::D, y = row0 + row;
+        q[row * LD + dim] = y < m && dim < a.head_dim ? job.q[(((size_t)seq * job.n + y / group) * a.n_heads + head * group + y % group) * a.head_dim + dim] : 0.0f;
+    }
+    for (int i = threadIdx.x; i < KEYS * LD; i += THREADS) x[i] = 0;   // dims past head_dim stay zero
+
+    int pos[RI], seen[RI], late[2][RI];                                 // of my rows; no position is visible to a row that is none
+    float top[RI], sum[RI], acc[RI][NJ][4];
+#pragma unroll
+    for (int i = 0; i < RI; i++) {
+        const int y = row0 + r + 16 * i;
+        pos[i] = y < m ? length + y / group : -1;
+        seen[i] = first_seen(a.window, pos[i]);
+        late[0][i] = a.sink + encoded_at(a, sk, seq, pos[i] + 1);
+        late[1][i] = a.sink + encoded_at(a, sv, seq, pos[i] + 1);
+        top[i] = -INFINITY;
+        sum[i] = 0;
+#pragma unroll
+        for (int j = 0; j < NJ; j++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) acc[i][j][e] = 0;
+    }
+    const size_t held = (size_t)a.head_dim + 2;
+    if (!FEW && !job.first)
+#pragma unroll
+        for (int i = 0; i < RI; i++) {
+            if (pos[i] < 0) continue;
+            const float *state = job.state + (((size_t)seq * a.n_kv_heads + head) * m + row0 + r + 16 * i) * held;
+            top[i] = state[0];
+            sum[i] = state[1];
+#pragma unroll
+            for (int j = 0; j < NJ; j++)
+#pragma unroll
+                for (int e = 0; e < 4; e++) acc[i][j][e] = 64 * j + 4 * c + e < a.head_dim ? state[2 + 64 * j + 4 * c + e] : 0.0f;
+        }
+    // Where the versions part for the tile's first and last query.
+    int bound[2][2];
+    bool alike[2];                                                      // every query reads all it sees decoded
+#pragma unroll
+    for (int side = 0; side < 2; side++) {
+        const dev_slot &s = side ? sv : sk;
+        bound[side][0] = a.sink + encoded_at(a, s, seq, i0 + 1);
+        bound[side][1] = a.sink + encoded_at(a, s, seq, i1 + 1);
+        alike[side] = !s.never && a.recent == 0 && s.codec.granule == 1;
+    }
+
+    for (int t = t0; t < t1; t++) {
+        const int j0 = t * KEYS, j1 = min(j0 + KEYS, i1 + 1);
+        float s[RI][KJ];
+#pragma unroll
+        for (int i = 0; i < RI; i++)
+#pragma unroll
+            for (int j = 0; j < KJ; j++) s[i][j] = 0;
+        // Scores, version by version.
+#pragma unroll 1
+        for (int early = 0; early < 2; early++) {
+            if (early ? alike[0] || bound[0][0] >= j1 : j0 >= bound[0][1]) continue;
+            const tile_of_keys keys = { j0, j1, lo, early ? max(lo, bound[0][0]) : lo, early ? j1 : min(j1, bound[0][1]), !early };
+            __syncthreads();
+            load_tile<RI, NJ, FEW>(job, sk, 0, seq, head, length, keys, x, lent);
+            __syncthreads();
+            float y[RI][KJ];
+#pragma unroll
+            for (int i = 0; i < RI; i++)
+#pragma unroll
+                for (int j = 0; j < KJ; j++) y[i][j] = 0;
+            for (int d = 0; d < job.d4 * 4; d += 4) {
+                float4 u[RI], v[KJ];
+#pragma unroll
+                for (int i = 0; i < RI; i++) u[i] = *(const float4 *)(q + (r + 16 * i) * LD + d);
+#pragma unroll
+                for (int j = 0; j < KJ; j++) v[j] = *(const float4 *)(x + (c + 16 * j) * LD + d);
+#pragma unroll
+                for (int i = 0; i < RI; i++)
+#pragma unroll
+                    for (int j = 0; j < KJ; j++) y[i][j] = fmaf(u[i].w, v[j].w, fmaf(u[i].z, v[j].z, fmaf(u[i].y, v[j].y, fmaf(u[i].x, v[j].x, y[i][j]))));
+            }
+#pragma unroll
+            for (int i = 0; i < RI; i++)
+#pragma unroll
+                for (int j = 0; j < KJ; j++)
+                    if ((j0 + c + 16 * j < late[0][i]) == !early) s[i][j] = y[i][j];
+        }
+        // Weights.
+#pragma unroll
+        for (int i = 0; i < RI; i++) {
+            float best = -INFINITY;
+#pragma unroll
+            for (int j = 0; j < KJ; j++) {
+                const int p = j0 + c + 16 * j;
+                float y = s[i][j] * job.scale;
+                if (job.softcap > 0) y = job.softcap * tanhf(y / job.softcap);
+                s[i][j] = p <= pos[i] && p >= seen[i] ? y : -INFINITY;
+                best = fmaxf(best, s[i][j]);
+            }
+            best = fmaxf(top[i], max_of_half(best));
+            float part = 0;
+#pragma unroll
+            for (int j = 0; j < KJ; j++) {
+                s[i][j] = s[i][j] > -INFINITY ? expf(s[i][j] - best) : 0.0f;
+                part += s[i][j];
+            }
+            const float keep = top[i] == best ? 1.0f : expf(top[i] - best);     // 0 from a maximum of nothing
+            sum[i] = fmaf(sum[i], keep, sum_of_half(part));
+            top[i] = best;
+#pragma unroll
+            for (int j = 0; j < NJ; j++)
+#pragma unroll
+                for (int e = 0; e < 4; e++) acc[i][j][e] *= keep;
+        }
+        // Values.
+#pragma unroll 1
+        for (int early = 0; early < 2; early++) {
+            if (early ? alike[1] || bound[1][0] >= j1 : j0 >= bound[1][1]) continue;
+            const tile_of_keys keys = { j0, j1, lo, early ? max(lo, bound[1][0]) : lo, early ? j1 : min(j1, bound[1][1]), !early };
+#pragma unroll
+            for (int i = 0; i < RI; i++)
+#pragma unroll
+                for (int j = 0; j < KJ; j++) w[(r + 16 * i) * LP + c + 16 * j] = (j0 + c + 16 * j < late[1][i]) == !early ? s[i][j] : 0.0f;
+            __syncthreads();
+            load_tile<RI, NJ, FEW>(job, sv, 1, seq, head, length, keys, x, lent);
+            __syncthreads();
+            for (int k = 0; k < KEYS; k += 4) {
+                float4 p[RI];
+#pragma unroll
+                for (int i = 0; i < RI; i++) p[i] = *(const float4 *)(w + (r + 16 * i) * LP + k);
+#pragma unroll
+                for (int e = 0; e < 4; e++)
+#pragma unroll
+                    for (int j = 0; j < NJ; j++) {
+                        const float4 y = *(const float4 *)(x + (k + e) * LD + 64 * j + 4 * c);
+#pragma unroll
+                        for (int i = 0; i < RI; i++) {
+                            const float weight = e == 0 ? p[i].x : e == 1 ? p[i].y : e == 2 ? p[i].z : p[i].w;
+                            acc[i][j][0] = fmaf(weight, y.x, acc[i][j][0]);
+                            acc[i][j][1] = fmaf(weight, y.y, acc[i][j][1]);
+                            acc[i][j][2] = fmaf(weight, y.z, acc[i][j][2]);
+                            acc[i][j][3] = fmaf(weight, y.w, acc[i][j][3]);
+                        }
+                    }
+            }
+            __syncthreads();
+        }
+    }
+
+    // Out, to the next slab, or to the merge.
+    const bool whole = FEW ? splits == 1 : job.last != 0;
+    float *part = FEW ? job.parts + ((((size_t)seq * a.n_kv_heads + head) * n_tiles + tile) * job.n_splits + split) * ROWS * held : nullptr;
+#pragma unroll
+    for (int i = 0; i < RI; i++) {
+        if (pos[i] < 0) continue;
+        const int y = row0 + r + 16 * i;
+        float *to = whole ? job.out + (((size_t)seq * job.n + y / group) * a.n_heads + head * group + y % group) * a.head_dim
+                  : FEW ? part + (size_t)(r + 16 * i) * held : job.state + (((size_t)seq * a.n_kv_heads + head) * m + y) * held;
+        const float by = whole ? 1.0f / sum[i] : 1.0f;
+        if (!whole) {
+            if (c == 0) {
+                to[0] = top[i];
+                to[1] = sum[i];
+            }
+            to += 2;
+        }
+#pragma unroll
+        for (int j = 0; j < NJ; j++)
+#pragma unroll
+            for (int e = 0; e < 4; e++)
+                if (64 * j + 4 * c + e < a.head_dim) to[64 * j + 4 * c + e] = acc[i][j][e] * by;
+    }
+    if (!FEW || whole) return;
+    __threadfence();
+    __syncthreads();
+    int *arrivals = job.arrivals + ((size_t)seq * a.n_kv_heads + head) * n_tiles + tile;
+    if (threadIdx.x == 0) arrived = atomicAdd(arrivals, 1);
+    __syncthreads();
+    if (arrived != splits - 1) return;
+    __threadfence();
+    part -= (size_t)split * ROWS * held;
+    for (int row = threadIdx.x / 32; row < ROWS && row0 + row < m; row += THREADS / 32) {
+        const int lane = threadIdx.x % 32, y = row0 + row;
+        float best = -INFINITY, total = 0;
+        for (int k = 0; k < splits; k++) best = fmaxf(best, __ldcg(part + ((size_t)k * ROWS + row) * held));
+        for (int k = 0; k < splits; k++) total = fmaf(expf(__ldcg(part + ((size_t)k * ROWS + row) * held) - best), __ldcg(part + ((size_t)k * ROWS + row) * held + 1), total);
+        for (int i = lane; i < a.head_dim; i += 32) {
+            float o = 0;
+            for (int k = 0; k < splits; k++) o = fmaf(expf(__ldcg(part + ((size_t)k * ROWS + row) * held) - best), __ldcg(part + ((size_t)k * ROWS + row) * held + 2 + i), o);
+            job.out[(((size_t)seq * job.n + y / group) * a.n_heads + head * group + y % group) * a.head_dim + i] = o / total;
+        }
+    }
+    if (threadIdx.x == 0) *arrivals = 0;
+}
+
+template <int RI, int NJ, bool FEW> cudaError_t launch(const attend_job &job, int blocks, cudaStream_t stream)
+{
+    constexpr size_t bytes = tile_shape<RI, NJ>::bytes(FEW);
+    const cudaError_t e = cudaFuncSetAttribute((const void *)attend_kernel<RI, NJ, FEW>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes);
+    if (e != cudaSuccess) return e;
+    KV_LAUNCH((attend_kernel<RI, NJ, FEW>), dim3(blocks, job.a.n_kv_heads, job.a.n_seqs), THREADS, bytes, stream, job);
+    return cudaGetLastError();
+}
+
+}  // namespace
+
+cudaError_t attend_few_tile(kv_backend_cache *c, int layer, int n, const float *q, const float *k, const float *v, float scale, float softcap, float *out, cudaStream_t stream)
+{
+    attend_job job = { c->layer_args(layer), q, k, v, out, scale, softcap, n, (c->head_dim + 3) / 4 };
+    job.parts = c->parts;
+    job.arrivals = c->arrivals;
+    job.n_splits = c->n_splits;
+    const int blocks = (n * c->group + ROWS_OF_FEW - 1) / ROWS_OF_FEW * c->n_splits;
+    switch ((c->head_dim + 63) / 64) {
+    case 1: return launch<1, 1, true>(job, blocks, stream);
+    case 2: return launch<1, 2, true>(job, blocks, stream);
+    case 3: case 4: return launch<1, 4, true>(job, blocks, stream);
+    default: return launch<1, 8, true>(job, blocks, stream);
+    }
+}
+
+cudaError_t attend_chunk(kv_backend_cache *c, int layer, int n, const float *q, const float *k, const float *v, float scale, float softcap, float *out, cudaStream_t stream)
+{
+    const int m = n * c->group, shortest = *std::min_element(c->length.begin(), c->length.end()), longest = *std::max_element(c->length.begin(), c->length.end()) + n;
+    attend_job job = { c->layer_args(layer), q, k, v, out, scale, softcap, n, (c->head_dim + 3) / 4 };
+    job.rows = c->slab;
+    job.slab = c->slab_tokens;
+    job.ld = c->ld;
+    job.state = c->state;
+    const int begin = first_seen(c->window[layer], shortest) / c->slab_tokens * c->slab_tokens;
+    for (int p0 = begin; p0 < longest; p0 += c->slab_tokens) {
+        job.p0 = p0;
+        job.p1 = p0 + c->slab_tokens;
+        job.first = p0 == begin;
+        job.last = job.p1 >= longest;
+        cudaError_t e = c->form[layer]->decode(c, layer, n, p0, std::min(job.p1, longest), c->slab, c->slab_tokens, c->ld, stream);
+        if (e != cudaSuccess) return e;
+        switch ((c->head_dim + 63) / 64) {
+        case 1: e = launch<4, 1, false>(job, (m + 63) / 64, stream); break;
+        case 2: e = launch<4, 2, false>(job, (m + 63) / 64, stream); break;
+        case 3: case 4: e = launch<2, 4, false>(job, (m + 31) / 32, stream); break;
+        default: e = launch<1, 8, false>(job, (m + 15) / 16, stream);
+        }
+        if (e != cudaSuccess) return e;
+    }
+    return cudaSuccess;
+}
+
+}  // namespace kelvin
