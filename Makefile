@@ -11,7 +11,7 @@ help:
 	@echo 'make demo       install packages, build, fetch a model and a text, measure, name the report (MODEL=, TEXT= for your own)'
 	@echo 'make test       build, lint, every test; the last line is N passed, N failed, N skipped'
 	@echo 'make lint | asan | valgrind | fuzz [FUZZ_SECONDS=60]'
-	@echo 'make cuda       the CUDA plugin alone        make gpu-test   its specs, on a machine with a GPU'
+	@echo 'make cuda       the CUDA plugin alone        make gpu-test   its specs, on a machine with a GPU (gpu-sanitize: under compute-sanitizer)'
 	@echo 'make emulated   the same kernels for the CPU: the device "emulated" of the tests'
 	@echo 'make install PREFIX=/usr/local               make dist       a tree that runs on another machine'
 	@echo 'make bench      the speed pages rows         make clean'
@@ -117,7 +117,7 @@ $(CUDA_LIB): $(CUDA_SRC:%.cu=$(BUILD)/%.o)
 	@echo "  link $@"
 	@$(NVCC) -shared -cudart static -Xlinker -z,defs -Xlinker --exclude-libs,ALL -o $@ $^
 
-# The device library's own program, against its headers alone.
+# The device library's programs, against its headers alone: its own check, and a user's.
 ATTEND_ARCH ?= 90
 $(BUILD)/cuda/%: tests/cuda/%.cu $(wildcard kernels/include/kelvin/*)
 	@mkdir -p $(@D)
@@ -134,7 +134,7 @@ EMULATED_OBJ := $(CUDA_SRC:%.cu=$(BUILD)/emulated/%.o)
 EMULATE_FLAGS = -std=c++17 $(CXXFLAGS.$(FLAVOUR)) -fPIC -fvisibility=hidden -ffp-contract=off -pthread -fno-strict-aliasing -DKV_EMULATE -Wall -Wno-unknown-pragmas -Wno-sign-compare -Wno-parentheses \
                 -Itests/emulate -Icore -Ikernels -Ikernels/include
 .PHONY: emulated
-emulated: $(EMULATED) $(BUILD)/emulated/attend_check
+emulated: $(EMULATED) $(BUILD)/emulated/attend_check $(BUILD)/emulated/user_kernel
 $(EMULATE_OBJ): $(BUILD)/%.o: %.cpp
 	@mkdir -p $(@D)
 	@echo "  c++ $<"
@@ -149,14 +149,20 @@ $(EMULATED): $(EMULATED_OBJ) $(EMULATE_OBJ)
 $(BUILD)/emulated/%_check: $(BUILD)/emulated/tests/cuda/%_check.o $(EMULATE_OBJ)
 	@echo "  link $@"
 	@$(CXX) $(CXXFLAGS.$(FLAVOUR)) -pthread -o $@ $^
+$(BUILD)/emulated/user_kernel: $(BUILD)/emulated/tests/cuda/user_kernel.o $(EMULATE_OBJ)
+	@echo "  link $@"
+	@$(CXX) $(CXXFLAGS.$(FLAVOUR)) -pthread -o $@ $^
 .PRECIOUS: $(BUILD)/emulated/%.o
 
 # ---- lint, sanitizers, fuzzing
-.PHONY: lint asan fuzz gpu-test
+.PHONY: lint asan fuzz gpu-test gpu-sanitize
 # On a machine with a GPU: the whole suite, whose GPU specs are pending elsewhere.
-gpu-test: all ctests $(BUILD)/cuda/attend_check
+GPU_PROGRAMS := $(BUILD)/cuda/attend_check $(BUILD)/cuda/user_kernel
+gpu-test: all ctests $(GPU_PROGRAMS)
 	@$(HOST) doctor | grep -E 'cuda'
 	@FLAVOUR=$(FLAVOUR) $(BUSTED) tests/cuda
+gpu-sanitize: all $(GPU_PROGRAMS)
+	@FLAVOUR=$(FLAVOUR) KELVIN_TEST='$(BUSTED)' sh tests/cuda/sanitize.sh $(BUILD)/cuda
 lint:
 	@sh tests/lint.sh
 
@@ -260,7 +266,7 @@ dist: all ctests
 	@for m in $(BUSTED_MODULES); do [ ! -e $(LUA_SHARE)/$$m ] || cp -RL $(LUA_SHARE)/$$m $(DIST)/share/kelvin/busted/; done
 	@for m in term system lfs.so; do [ ! -e $(LUA_LIB)/$$m ] || cp -RL $(LUA_LIB)/$$m $(DIST)/share/kelvin/busted/; done
 	@cp -L $(LUA_SHARE)/argparse.lua $(DIST)/share/kelvin/lua/
-	@for t in $(CTESTS) $(wildcard $(BUILD)/cuda/attend_check); do cp $$t $(DIST)/libexec/; done
+	@for t in $(CTESTS) $(wildcard $(GPU_PROGRAMS)); do cp $$t $(DIST)/libexec/; done
 	@install -m 755 tests/kelvin-test.sh $(DIST)/bin/kelvin-test
 	@strip -g $(DIST)/bin/kelvin $(DIST)/lib/*.so* $(DIST)/libexec/* 2>/dev/null; true
 	@du -sh $(DIST) | awk '{ print "dist: " $$2 ", " $$1 }'

@@ -23,9 +23,12 @@ local MEMORY_BOUND = .85
 local ROOM = 2 ^ 18
 
 --- measure(device, cases, repeats): the device's own measurements; cases are lines of kernels/bench.cu's list -> a table each.
+-- nil and the reason where one of them has no kernel.
 function M.measure(device, cases, repeats)
   local text = ffi.new("char[?]", ROOM)
-  check(C.kv_device_bench(device, table.concat(cases, "\n") .. "\n", repeats, text, ROOM))
+  local status = C.kv_device_bench(device, table.concat(cases, "\n") .. "\n", repeats, text, ROOM)
+  if status == C.KV_E_UNSUPPORTED and device ~= "cpu" then return nil, ffi.string(C.kv_last_error()) end
+  check(status)
   local out = {}
   for line in ffi.string(text):gmatch "[^\n]+" do out[#out + 1] = json.decode(line) end
   return out
@@ -95,14 +98,15 @@ local function limit_of(share, us, floor_us, fixed_us)
   return fixed_us >= (us - floor_us) / 2 and "fixed cost" or "instructions"
 end
 
---- Rows of a shape, one a pair of bit widths.  size = { ceiling =, cold = } bytes, smaller ones for trials without a device.
+--- Rows of a shape, one a pair of bit widths; nil and the reason without a kernel.  size = { ceiling =, cold = } bytes, smaller ones for trials without a device.
 function M.decode(device, s, bits, repeats, size)
   local cases, cold = { ("read bytes=%d"):format(size and size.ceiling or CEILING_BYTES) }, size and size.cold or COLD_BYTES
   for _, b in ipairs(bits) do
     cases[#cases + 1] = case_of(s, b, s.length, s.ragged, cold)
     cases[#cases + 1] = case_of(s, b, math.min(64, s.length), false, cold)
   end
-  local r = M.measure(device, cases, repeats)
+  local r, why = M.measure(device, cases, repeats)
+  if not r then return nil, why end
   local ceiling, rows = r[1].bytes / r[1].us / 1e6, {}
   for i, b in ipairs(bits) do
     local x, fixed = r[2 * i], r[2 * i + 1]
@@ -223,7 +227,13 @@ function M.run(o)
   local rows = {}
   for i, s in ipairs(shapes) do
     log.progress((i - 1) / #shapes, M.shape_name(s))
-    for _, row in ipairs(M.decode(device, s, bits, repeats, o.size)) do rows[#rows + 1] = row end
+    local measured, why = M.decode(device, s, bits, repeats, o.size)
+    for _, row in ipairs(measured or {}) do rows[#rows + 1] = row end
+    if not measured then
+      run.unsupported = run.unsupported or json.array {}
+      table.insert(run.unsupported, { shape = M.shape_name(s), reason = why })
+      log.warn("%s: %s", M.shape_name(s), why)
+    end
     if C.kv_interrupted() == 1 then check.fail("interrupted") end
   end
   log.clear()
