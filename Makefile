@@ -119,6 +119,7 @@ $(CUDA_LIB): $(CUDA_SRC:%.cu=$(BUILD)/%.o)
 
 # The device library's programs, against its headers alone: its own check, and a user's.
 ATTEND_ARCH ?= 90
+$(BUILD)/cuda/prefill_check: ATTEND_ARCH = 90a
 $(BUILD)/cuda/%: tests/cuda/%.cu $(wildcard kernels/include/kelvin/*)
 	@mkdir -p $(@D)
 	@echo "  nvcc $<"
@@ -134,7 +135,7 @@ EMULATED_OBJ := $(CUDA_SRC:%.cu=$(BUILD)/emulated/%.o)
 EMULATE_FLAGS = -std=c++17 $(CXXFLAGS.$(FLAVOUR)) -fPIC -fvisibility=hidden -ffp-contract=off -pthread -fno-strict-aliasing -DKV_EMULATE -Wall -Wno-unknown-pragmas -Wno-sign-compare -Wno-parentheses \
                 -Itests/emulate -Icore -Ikernels -Ikernels/include
 .PHONY: emulated
-emulated: $(EMULATED) $(BUILD)/emulated/attend_check $(BUILD)/emulated/user_kernel
+emulated: $(EMULATED) $(BUILD)/emulated/attend_check $(BUILD)/emulated/prefill_check $(BUILD)/emulated/user_kernel
 $(EMULATE_OBJ): $(BUILD)/%.o: %.cpp
 	@mkdir -p $(@D)
 	@echo "  c++ $<"
@@ -157,7 +158,7 @@ $(BUILD)/emulated/user_kernel: $(BUILD)/emulated/tests/cuda/user_kernel.o $(EMUL
 # ---- lint, sanitizers, fuzzing
 .PHONY: lint asan fuzz gpu-test gpu-sanitize
 # On a machine with a GPU: the whole suite, whose GPU specs are pending elsewhere.
-GPU_PROGRAMS := $(BUILD)/cuda/attend_check $(BUILD)/cuda/user_kernel
+GPU_PROGRAMS := $(BUILD)/cuda/attend_check $(BUILD)/cuda/prefill_check $(BUILD)/cuda/user_kernel
 gpu-test: all ctests $(GPU_PROGRAMS)
 	@$(HOST) doctor | grep -E 'cuda'
 	@FLAVOUR=$(FLAVOUR) $(BUSTED) tests/cuda

@@ -1,6 +1,7 @@
 // mma_host.h -- kelvin/mma.cuh's instructions for the emulator, from the fragment tables of the PTX ISA (9.7.14, warp level matrix
 // instructions, and 9.7.9, data movement).
 #pragma once
+#include "cuda_bf16.h"
 #include "cuda_fp16.h"
 #include "cuda_runtime.h"
 
@@ -21,6 +22,13 @@ struct product { uint32_t a[4], b[2], c[4], d[4]; };
 extern const collective product_s8s8, product_s8u8;
 // movmatrix m8n8 trans b16: lane l holds elements (l / 4, 2 (l % 4)) and the next, before and after.
 extern const collective movmatrix;
+
+// d += A B, m16n8k16, bf16, f32 sums.  A, half i of register r: row g + 8 (r % 2), column 2 t + i + 8 (r / 2); B: row 2 t + i + 8 r, column g.
+struct product_f { uint32_t a[4], b[2]; float d[4]; };
+extern const collective product_bf16;
+// ldmatrix x4: lane l gives row l % 8 of matrix l / 8; as it is, and transposed.
+struct matrices { const void *row; uint32_t r[4]; };
+extern const collective ldmatrix, ldmatrix_transposed;
 
 inline void product_of(const collective *what, int d[4], const uint32_t a[4], uint32_t b0, uint32_t b1, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3)
 {
@@ -53,6 +61,26 @@ inline uint32_t transpose_b16(uint32_t a)
     kv_emulate::in_warp(~0u, &kv_emulate::movmatrix, x);
     return x[1];
 }
+
+inline void product_add_bf16(float d[4], const uint32_t a[4], uint32_t b0, uint32_t b1)
+{
+    kv_emulate::product_f p = { { a[0], a[1], a[2], a[3] }, { b0, b1 }, { d[0], d[1], d[2], d[3] } };
+    kv_emulate::in_warp(~0u, &kv_emulate::product_bf16, &p);
+    memcpy(d, p.d, sizeof p.d);
+}
+inline void load_matrices(uint32_t r[4], const void *shared_row)
+{
+    kv_emulate::matrices m = { shared_row, {} };
+    kv_emulate::in_warp(~0u, &kv_emulate::ldmatrix, &m);
+    memcpy(r, m.r, sizeof m.r);
+}
+inline void load_matrices_transposed(uint32_t r[4], const void *shared_row)
+{
+    kv_emulate::matrices m = { shared_row, {} };
+    kv_emulate::in_warp(~0u, &kv_emulate::ldmatrix_transposed, &m);
+    memcpy(r, m.r, sizeof m.r);
+}
+inline uint32_t pack_bf16(float low, float high) { return kv_bf16_of(low) | (uint32_t)kv_bf16_of(high) << 16; }
 
 inline void copy_async(void *shared, const void *global) { kv_emulate::copy_async(shared, global, 16); }
 inline void copy_commit() { kv_emulate::copy_commit(); }
