@@ -101,6 +101,9 @@ NVCCFLAGS  := -O3 -std=c++17 --fmad=false -lineinfo -Xcompiler -fPIC,-fvisibilit
               -gencode arch=compute_$(lastword $(CUDA_ARCHS)),code=compute_$(lastword $(CUDA_ARCHS))
 CUDA_SRC := $(sort $(wildcard kernels/*.cu))
 CUDA_LIB := $(BUILD)/libkelvin_cuda.so
+# Programs of tests/cuda, by nvcc for the GPU and by g++ for the emulator.
+GPU_CHECKS   := attend_check prefill_check user_kernel language_check
+GPU_PROGRAMS := $(GPU_CHECKS:%=$(BUILD)/cuda/%)
 
 .PHONY: cuda
 ifneq ($(NVCC),)
@@ -135,7 +138,7 @@ EMULATED_OBJ := $(CUDA_SRC:%.cu=$(BUILD)/emulated/%.o)
 EMULATE_FLAGS = -std=c++17 $(CXXFLAGS.$(FLAVOUR)) -fPIC -fvisibility=hidden -ffp-contract=off -pthread -fno-strict-aliasing -DKV_EMULATE -Wall -Wno-unknown-pragmas -Wno-sign-compare -Wno-parentheses \
                 -Itests/emulate -Icore -Ikernels -Ikernels/include
 .PHONY: emulated
-emulated: $(EMULATED) $(BUILD)/emulated/attend_check $(BUILD)/emulated/prefill_check $(BUILD)/emulated/user_kernel
+emulated: $(EMULATED) $(GPU_CHECKS:%=$(BUILD)/emulated/%)
 $(EMULATE_OBJ): $(BUILD)/%.o: %.cpp
 	@mkdir -p $(@D)
 	@echo "  c++ $<"
@@ -158,7 +161,6 @@ $(BUILD)/emulated/user_kernel: $(BUILD)/emulated/tests/cuda/user_kernel.o $(EMUL
 # ---- lint, sanitizers, fuzzing
 .PHONY: lint asan fuzz gpu-test gpu-sanitize
 # On a machine with a GPU: the whole suite, whose GPU specs are pending elsewhere.
-GPU_PROGRAMS := $(BUILD)/cuda/attend_check $(BUILD)/cuda/prefill_check $(BUILD)/cuda/user_kernel
 gpu-test: all ctests $(GPU_PROGRAMS)
 	@$(HOST) doctor | grep -E 'cuda'
 	@FLAVOUR=$(FLAVOUR) $(BUSTED) tests/cuda

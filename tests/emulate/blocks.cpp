@@ -456,3 +456,9 @@ void run_grid(const char *name, dim3 g, dim3 block, size_t shared, const std::fu
 }
 
 }  // namespace kv_emulate
+
+unsigned __activemask()
+{
+    using namespace kv_emulate;
+    return m->warps[m->now->id / 32].ready;
+}

@@ -163,6 +163,8 @@ KV_REDUCE(max, unsigned, a > b ? a : b) KV_REDUCE(max, int, a > b ? a : b)
 KV_REDUCE(and, unsigned, a & b) KV_REDUCE(or, unsigned, a | b) KV_REDUCE(xor, unsigned, a ^ b)
 #undef KV_REDUCE
 
+unsigned __activemask();                                  // the lanes that wait in nothing, and oneself: no more is sure on a device
+
 // ---- atomics: blocks run on several OS threads, so these are real
 template <class T> using kv_same = typename std::common_type<T>::type;          // the value takes the pointer's type
 template <class T, class F> inline T kv_atomic(T *p, F f)
