@@ -40,12 +40,14 @@ doc("kv.bench", [[
   kv.bench.decode{ model =, arms = { "f16", "turboquant-4" }, depths = { 0, 4096 }, repeats = 5, tokens = 16, calib = } -> rows
   kv.bench.codecs{ names =, dims = { 64 }, queries = 4, repeats = 5, ggml = } -> rows;  kv.bench.eval{ model = } -> row
   kv.bench.gpu{ device = "cuda", shapes =, bits = { { 4, 4 } }, repeats = 21, peers = FILE, rows = FILE } -> rows
+  kv.bench.generate{ model = "smollm2-135m" or "shape:llama-3-8b", device = "cuda", arms =, depths =, batches =, repeats = 5, tokens = 16, rows = FILE } -> rows
   What `kelvin bench` prints.  decode: tokens/s at a depth, bytes of the cache, floor_us (weights and cache once over the
   measured read bandwidth) and share (floor / time).  codecs: every preset; GB/s of f32 source and of stored bytes on one
   thread for encode, decode, dot and accumulate, memcpy's, and whether attention on codes beats decoding a page to f32
   first; ggml: a folder of its libraries, timed in the same run.  eval: tokens/s and the share of the f32 sgemm rate.
   gpu: decode attention on codes as a share of the read-only ceiling of the same moments, with what limits it; peers: rows of
-  tests/bench/gpu_peers.py; rows: JSON lines, with a manifest, table.md and share.svg beside them.]])
+  tests/bench/gpu_peers.py.  generate: tokens/s of a model on a device by codec, depth and batch, the share of attention and the
+  depth from which an arm beats the first.  rows: JSON lines, with a manifest, a table and a plot beside them.]])
 function M.decode(o)
   local model = type(o.model) == "string" and require("kelvin.model").open(o.model) or o.model
   local policies = require "kelvin.policy"
@@ -137,6 +139,9 @@ end
 --- gpu{...}: see kelvin.bench_gpu.
 function M.gpu(o) return require("kelvin.bench_gpu").run(o) end
 
+--- generate{...}: see kelvin.bench_generate.
+function M.generate(o) return require("kelvin.bench_generate").run(o) end
+
 --- main(options): `kelvin bench`.
 function M.main(a)
   local arms = a.arm and #a.arm > 0 and a.arm or nil
@@ -155,6 +160,11 @@ function M.main(a)
       shapes[i] = gpu.parse_shape(text)
     end
     result = M.gpu { device = a.device, shapes = shapes, bits = gpu.parse_bits(a.bits), repeats = a.repeats, peers = a.peers, rows = a.rows }
+  elseif a.what == "generate" then
+    local generate, depths, batches = require "kelvin.bench_generate", numbers("depth", a.depth, 0), numbers("batch", a.batch, 1)
+    local model = generate.open(a.model, a.device)
+    result = generate.run { model = model, device = a.device, calib = a.artifact and model:calibrate { artifact = a.artifact }, arms = arms, depths = depths, batches = batches,
+      repeats = a.repeats, tokens = a.tokens, rows = a.rows }
   else result = M.eval { model = a.model, arms = arms } end
   if a.format == "json" then
     local json = require "kelvin.json"

@@ -193,7 +193,8 @@ end
 
 -- ---- a run
 
-local function device_facts(device)
+--- What a manifest says of a device.
+function M.device_facts(device)
   local d = lib.device(device)
   check.that(d.available, "bench: %s", d.reason)
   local facts = { device = d.name, sm = d.sm, driver = ("%d.%d"):format(math.floor(d.driver / 1000), d.driver % 1000 / 10), runtime = ("%d.%d"):format(math.floor(d.runtime / 1000), d.runtime % 1000 / 10) }
@@ -208,10 +209,19 @@ local function device_facts(device)
   return facts
 end
 
+--- write("DIR/NAME.jsonl", rows, manifest, files): the rows, NAME.run.json and each derived file as NAME.<its name>.
+function M.write(path, rows, run, files)
+  local lines, stem = {}, path:match "^(.*)%.jsonl$" or path
+  for i, row in ipairs(rows) do lines[i] = json.encode(row) .. "\n" end
+  results.write(stem .. ".jsonl", table.concat(lines))
+  results.write(stem .. ".run.json", json.encode(run, "  ") .. "\n")
+  for _, f in ipairs(files) do results.write(stem .. "." .. f[1], f[2]) end
+end
+
 --- run{ device =, shapes =, bits =, repeats =, peers = path, rows = path, size = } -> rows, and run.json, table.md and share.svg beside `rows`.
 function M.run(o)
   local device = o.device or "cuda"
-  local run = device_facts(device)
+  local run = M.device_facts(device)
   local bits, shapes, repeats = o.bits or M.parse_bits "4,3,2", o.shapes or M.shapes(), o.repeats or 21
   run.what, run.repeats = "bench gpu", repeats
   run.code, run.git, run.host = manifest.code(), manifest.git(K.root), manifest.host()
@@ -238,15 +248,7 @@ function M.run(o)
   end
   log.clear()
   if peers then M.join(rows, peers) end
-  if o.rows then
-    local lines = {}
-    for i, row in ipairs(rows) do lines[i] = json.encode(row) .. "\n" end
-    results.write(o.rows, table.concat(lines))
-    local folder, stem = o.rows:match "^(.*)/[^/]*$" or ".", o.rows:match "([^/]*)%.jsonl$" or o.rows:match "[^/]*$"
-    run.rows = stem .. ".jsonl"
-    results.write(("%s/%s.run.json"):format(folder, stem), json.encode(run, "  ") .. "\n")
-    for _, f in ipairs(M.render(rows, M.caption(run, rows))) do results.write(("%s/%s.%s"):format(folder, stem, f[1]), f[2]) end
-  end
+  if o.rows then M.write(o.rows, rows, run, M.render(rows, M.caption(run, rows))) end
   return setmetatable(rows, { __tostring = function(t)
     return ("%s: read %.2f TB/s, copy %.2f TB/s (read and written)\n"):format(run.device, run.ceilings.read_tb_per_s, run.ceilings.copy_tb_per_s) .. M.table(t)
   end })

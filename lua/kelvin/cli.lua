@@ -146,11 +146,12 @@ local function parser()
   chat:option("--calib", "Text for calibrated means and codecs."):argname "FILE"
   chat:option("--artifact", "Calibration of `kelvin calibrate` instead."):argname "FILE"
 
-  local bench = p:command("bench", "Measure speed: decode, codecs, eval or gpu.",
+  local bench = p:command("bench", "Measure speed: decode, codecs, eval, gpu or generate.",
     "Examples: kelvin bench decode --depth 0,4096 --arm f16 --arm turboquant-4; kelvin bench gpu --shape 8x32768x128x8x4 --bits 4,3,2")
-  bench:argument("what", "decode, codecs, eval or gpu (a device's kernels as shares of its memory's speed)."):convert(one_of("bench", "decode", "codecs", "eval", "gpu"))
-  bench:argument("model", "A model's name or a .gguf file (default: " .. DEFAULT_MODEL .. ")."):args "?":argname "MODEL"
-  bench:option("--depth", "Depths of the cache, for decode."):default "0,4096":argname "N,N"
+  bench:argument("what", "decode, codecs, eval, gpu (a device's kernels as shares of its memory's speed) or generate (whole models on a device)."):convert(
+    one_of("bench", "decode", "codecs", "eval", "gpu", "generate"))
+  bench:argument("model", "A model's name or a .gguf file (default: " .. DEFAULT_MODEL .. "); for generate also shape:llama-3-8b, of random weights."):args "?":argname "MODEL"
+  bench:option("--depth", "Depths of the cache, for decode and generate."):default "0,4096":argname "N,N"
   bench:option("--arm", "Cache setting; again for more (decode: f16, q8_0, turboquant-4)."):count "*":argname "ARM"
   bench:option("--repeats", "Interleaved repeats; medians are shown (5; gpu 21)."):convert(positive "--repeats"):argname "N"
   bench:option("--tokens", "Tokens a repeat."):convert(positive "--tokens"):default "16":argname "N"
@@ -158,10 +159,11 @@ local function parser()
   bench:option("--dim", "head_dims, for codecs."):default "64":argname "N,N"
   bench:option("--queries", "Query heads of a K/V head, for codecs."):convert(positive "--queries"):default "4":argname "N"
   bench:option("--ggml", "Folder of libggml-base.so and libggml-cpu.so, timed in the same run, for codecs."):argname "DIR"
-  bench:option("--rows", "Write rows as JSON lines, for codecs and gpu (which writes a manifest, a table and a plot beside them)."):argname "FILE"
-  bench:option("--device", "cuda or cuda:N, for gpu."):default "cuda":argname "DEVICE"
+  bench:option("--rows", "Write rows as JSON lines, for codecs, gpu and generate (these with a manifest, a table and a plot beside them)."):argname "FILE"
+  bench:option("--device", "cuda or cuda:N, for gpu and generate."):default "cuda":argname "DEVICE"
   bench:option("--shape", "For gpu, batch x length x head_dim x K/V heads x query heads each (8x32768x128x8x4; r at its end: ragged); again for more (default: those of results/gpu)."):count "*":argname "SHAPE"
   bench:option("--bits", "For gpu, bits of keys and values, or K/V: 4,3,2,4/2."):default "4,3,2":argname "N,N"
+  bench:option("--batch", "For generate, sequences that decode together."):default "1":argname "N,N"
   bench:option("--peers", "For gpu, rows of tests/bench/gpu_peers.py of the same run."):argname "FILE"
   bench:option("--format", "table or json."):convert(one_of("--format", "table", "json")):default "table"
 

@@ -96,3 +96,39 @@ describe("bench gpu", function()
     end)
   end
 end)
+
+describe("bench generate", function()
+  local generate = require "kelvin.bench_generate"
+  local function at(arm, batch, depth, us)
+    return { bench = "generate", model = "m", arm = arm, batch = batch, depth = depth, us = us, tokens_per_s = 1e6 * batch / us, status = "ok", cache_bytes = 1e6, path = "p" }
+  end
+  local function rows()
+    return generate.derive({ at("f16", 1, 0, 100), at("f16", 1, 1000, 200), at("f16", 1, 2000, 300), at("q", 1, 0, 120), at("q", 1, 1000, 205), at("q", 1, 2000, 290), at("z", 1, 0, 90), at("z", 1, 1000, 100),
+      at("w", 1, 0, 500), at("w", 1, 1000, 900), { bench = "generate", model = "m", arm = "f16", batch = 64, depth = 1000, status = "no memory" } }, "f16")
+  end
+
+  it("finds where a codec starts to win, and what attention takes", function()
+    local r = rows()
+    assert.same({ 0, 100, .5 }, { r[1].attention_us, r[2].attention_us, r[2].attention_share })
+    local p, q = 200 / 205, 300 / 290
+    h.close(r[4].wins_from, 1000 + (1 - p) / (q - p) * 1000, 1e-9)
+    assert.equal(0, r[7].wins_from)
+    assert.is_nil(r[9].wins_from)
+    assert.is_nil(r[1].wins_from)
+  end)
+
+  it("prints every row, also those that found no memory, and draws the same bytes twice", function()
+    local r = rows()
+    local text = generate.table(r)
+    assert(text:find("no memory", 1, true) and text:find("1.00x", 1, true), text)
+    assert.same(generate.render(r, "c"), generate.render(rows(), "c"))
+  end)
+
+  it("says in one line what it does not understand or lacks", function()
+    for _, case in ipairs { { "shape:llama", "shape 'llama' is none of llama-3-8b, tiny" }, { "nosuch", "model 'nosuch'" }, { "--batch 0", "batch '0'" }, { "--depth -1", "depth" },
+      { "shape:tiny --device gpu", "device 'gpu' is not" } } do
+      local out, ok = run("bench generate " .. case[1])
+      assert(not ok and out:find(case[2], 1, true) and not out:find "\n", case[1] .. ": " .. out)
+    end
+  end)
+end)
