@@ -16,7 +16,12 @@ using namespace kelvin;
 namespace kelvin {
 namespace {
 
-enum { MAX_SPLITS = 64, BLOCKS_A_SM = 8, STAGED_ROWS = 128, SLAB = 8192 };
+#ifdef KV_EMULATE
+enum { SLAB = 128 };                            // small, so that short tests cross slabs
+#else
+enum { SLAB = 8192 };
+#endif
+enum { MAX_SPLITS = 64, BLOCKS_A_SM = 8, STAGED_ROWS = 128 };
 constexpr size_t SLAB_BYTES = (size_t)256 << 20;
 
 // Offsets of parts of an allocation, each aligned for anything.
@@ -340,12 +345,18 @@ int                kv_dev_cache_seqs(const kv_backend_cache *c) { return c->n_se
 const int         *kv_dev_cache_lengths(const kv_backend_cache *c) { return c->dev_length; }
 unsigned long long kv_dev_cache_epoch(const kv_backend_cache *c) { return c->epoch; }
 
-int kv_dev_cache_reserve(kv_backend_cache *c, int n, char *err, size_t cap)
+int kv_dev_cache_room(const kv_backend_cache *c, int n, char *err, size_t cap)
 {
     const int longest = *std::max_element(c->length.begin(), c->length.end());
     if (n < 1) return refuse(E_ARG, err, cap, "cache: %lld tokens to attend, at least %lld is needed", n, 1);
     if (n > c->max_tokens - longest) return refuse(E_ARG, err, cap, "cache: %lld tokens do not fit max_tokens=%lld", (long long)longest + n, c->max_tokens);
-    int status = say(cudaSetDevice(c->device), "select device", err, cap);
+    return say(cudaSetDevice(c->device), "select device", err, cap);
+}
+
+int kv_dev_cache_reserve(kv_backend_cache *c, int n, char *err, size_t cap)
+{
+    const int longest = *std::max_element(c->length.begin(), c->length.end());
+    int status = kv_dev_cache_room(c, n, err, cap);
     if (status < 0 || n == 1) return status;
     if (!cache_grow((void **)&c->saved, &c->saved_bytes, c->tails_bytes, "cache: rings of a chunk", err, cap, &status)) return status;
     if (few(n, c->group)) return 0;

@@ -9,7 +9,9 @@ int        kv_dev_cache_seqs(const kv_backend_cache *c);
 const int *kv_dev_cache_lengths(const kv_backend_cache *c);
 // A number that no other cache of the process has or will have; it changes when a captured step of this cache would be wrong.
 unsigned long long kv_dev_cache_epoch(const kv_backend_cache *c);
-// Room for n more tokens everywhere, or E_ARG with text: before anything of a step is launched.
+// Room for n more tokens everywhere, or E_ARG with text: before anything of a step is launched.  reserve also grows the working memory of a step of n
+// tokens; room is the check alone, for n steps of one.
+int        kv_dev_cache_room(const kv_backend_cache *c, int n, char *err, size_t cap);
 int        kv_dev_cache_reserve(kv_backend_cache *c, int n, char *err, size_t err_cap);
 // Appends n tokens of every sequence to a layer, then attends: q, out [n_seqs][n][n_heads][head_dim], k, v [n_seqs][n][n_kv_heads][head_dim], keys and
 // queries after RoPE, queries not scaled.  After reserve, every layer; a commit without any attend is legal too (benches: the rows are what zeroed pages say).  n = 1: the decode step, capturable into a graph; n > 1: visibility semantics.

@@ -2,7 +2,7 @@
  *   outputs agree to f32 rounding; pages, rows read back and pairs are equal; truncate, fork, failed steps and mutation leave both alike;
  *   lossless rows give the same bits whatever way they took.
  *
- *   test_device_cache [emulated | cuda] [PLUGIN.so]       the plugin is looked for beside the tests' folder
+ *   test_device_cache [emulated | cuda] [PLUGIN.so [SEED [CASTS]]]       the plugin is looked for beside the tests' folder
  *
  * Core decodes tiles here (KV_PATH_TILE, no AMX), so that both sides sum f32 products over the same rows.  Tolerance, relative to the largest
  * output: 1e-5 for sums of up to a few hundred terms in another order; 4.6e-6 was the most seen. */
@@ -213,11 +213,11 @@ static void compare(world *w, const char *what)
     free(b);
 }
 
-static void run(const cast *k)
+static void run(const cast *k, double seed)
 {
     world w;
     if (!make_world(&w, k)) return;
-    w.seed = 1000.0 * (double)(k - CASTS);
+    w.seed = seed;
     for (int i = 0; i < MAX_STEPS && k->steps[i]; i++) {
         const int n = k->steps[i];
         char what[64];
@@ -241,6 +241,42 @@ static void run(const cast *k)
     }
     printf("%-44s off core by %.2g of the output\n", k->name, w.worst);
     free_world(&w);
+}
+
+/* Shapes, windows and steps at random. */
+static void test_random(uint32_t seed, int n_casts)
+{
+    static const side_codec codecs[] = { RAW16, RAW32, INT4, KIVI, TQ4, TQ3, { "fp", "grid=e4m3,scale=token" }, { "polar", "" }, { "nuq", "" } };
+    static const int dims[] = { 64, 80, 128, 32 }, sinks[] = { 0, 1, 4, 40 }, recents[] = { 0, 1, 7, 33 }, windows[] = { 0, 0, 0, 20, 45 }, pages[] = { 32, 64, 96 };
+    for (int i = 0; i < n_casts; i++) {
+        uint32_t r[32];
+        for (uint32_t j = 0; j < 8; j++) kv_rng_u32(seed, 0, (uint32_t)i, j, r + 4 * j);
+        cast k = { .name = "random", .layers = 1 + (int)(r[0] % 2), .kv_heads = 1 + (int)(r[1] % 2), .d = dims[r[2] % 4], .page = pages[r[3] % 3], .sink = sinks[r[4] % 4], .recent = recents[r[5] % 4],
+                   .exact = (int)(r[6] % 3), .window = windows[r[7] % 5], .seqs = 1 + (int)(r[8] % 3 == 0), .softcap = r[9] % 4 ? 0.0f : 3.0f, .means = r[10] % 2, .page_rope = r[11] % 3 == 0 };
+        k.heads = k.kv_heads * (1 + (int)(r[12] % 8));
+        for (int h = 0; h < 2; h++)
+            for (int side = 0; side < 2; side++) {
+                const uint32_t first = r[13 + 2 * h + side] % (sizeof codecs / sizeof *codecs);
+                for (uint32_t t = 0; t < 9; t++) {
+                    kv_codec *c;
+                    k.codec[h][side] = codecs[(first + t) % 9];
+                    if (!backend->codec_known(k.codec[h][side].family) || kv_codec_new(&c, k.codec[h][side].family, k.codec[h][side].params, k.d, k.page, side) < 0) continue;
+                    kv_codec_free(c);
+                    break;
+                }
+            }
+        int total = 0;
+        for (int j = 0; j < 6; j++) {
+            const uint32_t x = r[17 + j];
+            k.steps[j] = x % 3 == 0 ? 1 : x % 7 == 1 && total > 30 ? -(int)(x / 7 % 30) - 1 : x % 11 == 2 ? DROP : x % 13 == 3 ? FORK : 1 + (int)(x / 13 % 50);
+            if (k.steps[j] < DROP) total += k.steps[j];
+        }
+        char name[160];
+        snprintf(name, sizeof name, "random %u/%d: d %d heads %d/%d page %d sink %d recent %d window %d %s.%s %s.%s", seed, i, k.d, k.heads, k.kv_heads, k.page, k.sink, k.recent, k.window,
+            k.codec[0][0].family, k.codec[0][1].family, k.codec[1][0].family, k.codec[1][1].family);
+        k.name = name;
+        run(&k, 1e6 + 1000.0 * i);
+    }
 }
 
 /* Raw f32 rows in any window give one output's bits. */
@@ -341,7 +377,8 @@ int main(int argc, char **argv)
         return check_end();
     }
     kv_cpu_limit(KV_SIMD_AVX2);                                              /* no AMX: its products are pairs of bf16 */
-    for (size_t i = 0; i < sizeof CASTS / sizeof *CASTS; i++) run(&CASTS[i]);
+    for (size_t i = 0; i < sizeof CASTS / sizeof *CASTS; i++) run(&CASTS[i], 1000.0 * (double)i);
+    test_random(argc > 3 ? (uint32_t)strtoul(argv[3], NULL, 10) : 1, argc > 4 ? atoi(argv[4]) : 8);
     test_identity();
     test_rest();
     return check_end();
