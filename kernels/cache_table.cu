@@ -100,6 +100,7 @@ int truncate(kv_backend_cache *c, int seq, int n, char *err, size_t cap)
     for (const cache_kind &k : c->kind) granules = std::max(granules, k.granule);
     if (!cache_grow((void **)&c->io, &c->io_bytes, sizeof(float) * granules * c->head_dim, "cache: rows of a granule", err, cap, &status)) return status;
     auto kept = [&](int sink, int granule, const cache_held &h) { return std::min(h.encoded, std::max(0, n - sink) / granule * granule); };
+    std::vector<std::pair<uint8_t *, size_t>> zeroed;
     // Rows of cut granules go back to the ring: they do not count before the books say so.
     cudaError_t e = cudaSuccess;
     for (int l = 0; l < c->n_layers; l++)
@@ -107,10 +108,14 @@ int truncate(kv_backend_cache *c, int seq, int n, char *err, size_t cap)
             const dev_slot &s = c->at(l, i / 2, i % 2);
             const cache_held &h = held(c, seq, s);
             const int keep = kept(c->sink[l], s.codec.granule, h), cut = std::min(h.encoded, std::max(0, n - c->sink[l]));
+            const size_t kept_bytes = (size_t)((keep + c->page_tokens - 1) / c->page_tokens) * s.codec.page_bytes;
+            // What a page had before it is filled again would show in its bytes: zeros, as in core's new pages.
+            if (e == cudaSuccess && kept_bytes < s.page_stride) zeroed.push_back({ s.page + seq * s.page_stride + kept_bytes, s.page_stride - kept_bytes });
             if (cut <= keep) continue;
             if (e == cudaSuccess) e = c->form[l]->read(c, seq, l, i / 2, i % 2, keep, cut, c->io, 0);
             if (e == cudaSuccess) e = cache_put_tail(c, seq, l, i / 2, i % 2, c->sink[l] + keep, cut - keep, c->io, 0);
         }
+    for (size_t i = 0; e == cudaSuccess && i < zeroed.size(); i++) e = cudaMemsetAsync(zeroed[i].first, 0, zeroed[i].second, 0);
     status = say(e, "truncate", err, cap);
     if (status < 0) return status;
     for (int i = 0; i < c->n_kinds(); i++) {
