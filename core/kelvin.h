@@ -206,6 +206,13 @@ int  kv_model_layer(const kv_model *m, int layer, kv_layer_info *out);
 /* Key bias of a layer as held in the cache ([n_kv_heads * head_dim], half-split order), or NULL. */
 const float *kv_model_key_bias(const kv_model *m, int layer);
 void kv_model_free(kv_model *m);
+/* Where the model runs: "cpu", "cuda", "cuda:1".  Its weights are copied there once; sessions, evaluations and taps made from then on
+ * run there, those that exist stay where they are.  bf16 1: products in bf16 with f32 sums, 0: weights as the file has them, products in f32. */
+int  kv_model_device(kv_model *m, const char *device, int bf16);
+const char *kv_model_where(const kv_model *m);           /* "cpu", or the device's name as it was given */
+/* A model of a shape alone, with random bf16 weights on a device: for measuring speed.  It has no tokenizer and no file. */
+typedef struct kv_model_shape { int n_layers, n_heads, n_kv_heads, head_dim, n_embd, n_ff, n_vocab, reserved; double rope_base; } kv_model_shape;
+int  kv_model_synthetic(kv_model **out, const char *name, const kv_model_shape *s, const char *device);
 /* GGUF metadata as text, for `kelvin models NAME`: i-th key and value, KV_E_ARG past the end. */
 int  kv_model_meta_at(const kv_model *m, int i, const char **key, const char **value);
 int  kv_model_tensor_at(const kv_model *m, int i, const char **name, const char **type, int *n_dims, double *shape4, double *bytes);
@@ -256,6 +263,24 @@ int  kv_model_tap(kv_model *m, const int32_t *tokens, int n, int layer, float *q
 
 typedef struct kv_sampler_params { double temperature, top_p, seed; int top_k, reserved; } kv_sampler_params; /* temperature 0: greedy */
 int  kv_sample(const float *logits, int n, const kv_sampler_params *p, double counter, int *token);
+
+/* ---- sequences that decode together on the model's device: one plan, n_seqs of them, each at its own length */
+
+typedef struct kv_batch kv_batch;
+int  kv_batch_new(kv_batch **out, kv_model *m, kv_plan *plan, int n_seqs, int max_tokens);
+void kv_batch_free(kv_batch *b);
+/* n tokens to every sequence: [n] when shared, else [n_seqs][n].  logits: of the last token, [n_seqs][n_vocab], or NULL. */
+int  kv_batch_feed(kv_batch *b, const int32_t *tokens, int n, int shared, float *logits);
+/* n tokens whose rows are never written (zeros in pages): the depth of a speed measurement. */
+int  kv_batch_skip(kv_batch *b, int n);
+/* n_steps steps: first [n_seqs] is fed, each next token sampled on the device with the number of its position; tokens [n_steps][n_seqs].
+ * seconds: the device's time, or NULL. */
+int  kv_batch_generate(kv_batch *b, const int32_t *first, int n_steps, const kv_sampler_params *p, int32_t *tokens, double *seconds);
+int  kv_batch_truncate(kv_batch *b, int seq, int n_tokens);
+int  kv_batch_n_tokens(const kv_batch *b, int seq);
+int  kv_batch_path(kv_batch *b, int path);
+int  kv_batch_bytes(const kv_batch *b, kv_bytes *out);
+const char *kv_batch_paths(const kv_batch *b);
 
 /* ---- calibration: streaming moments of K and V --------------------------------------------------------------- */
 

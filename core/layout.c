@@ -33,6 +33,8 @@ static const kv_layout_entry layout[] = {
         FIELD(kv_model_info, has_kv_bias) FIELD(kv_model_info, bos) FIELD(kv_model_info, eos)
         FIELD(kv_model_info, add_bos) FIELD(kv_model_info, file_bytes) FIELD(kv_model_info, n_params)
         FIELD(kv_model_info, weight_bytes) FIELD(kv_model_info, rope_base) FIELD(kv_model_info, norm_eps)
+    STRUCT(kv_model_shape) FIELD(kv_model_shape, n_layers) FIELD(kv_model_shape, n_heads) FIELD(kv_model_shape, n_kv_heads) FIELD(kv_model_shape, head_dim)
+        FIELD(kv_model_shape, n_embd) FIELD(kv_model_shape, n_ff) FIELD(kv_model_shape, n_vocab) FIELD(kv_model_shape, reserved) FIELD(kv_model_shape, rope_base)
     STRUCT(kv_layer_info) FIELD(kv_layer_info, sliding_window) FIELD(kv_layer_info, rope_base)
         FIELD(kv_layer_info, rope_scale)
     STRUCT(kv_pairs) FIELD(kv_pairs, compressed) FIELD(kv_pairs, total) FIELD(kv_pairs, tokens_compressed)

@@ -6,6 +6,7 @@
 #include <math.h>
 #include <stdio.h>
 #include <pthread.h>
+#include "device_model.h"
 #include "model.h"
 
 typedef struct arch {
@@ -417,6 +418,78 @@ fail:
     return status;
 }
 
+/* ---- a shape alone: weights without data, which a device makes up */
+
+static int ones(float **out, int n)
+{
+    if (!(*out = kv_alloc_array((size_t)n, sizeof(float), false))) return KV_E_NOMEM;
+    for (int i = 0; i < n; i++) (*out)[i] = 1;
+    return KV_OK;
+}
+
+static kv_weight blank(int n_in, int n_out) { return (kv_weight){ .type = KV_W_BF16, .n_in = n_in, .n_out = n_out, .row_bytes = (size_t)n_in * 2 }; }
+
+static int fill_shape(kv_model *m, const char *name, const kv_model_shape *s)
+{
+    owned *o = m->owned;
+    const int q = s->n_heads * s->head_dim, k = s->n_kv_heads * s->head_dim, half = s->head_dim / 2;
+    snprintf(o->name, sizeof o->name, "%s", name);
+    snprintf(o->arch, sizeof o->arch, "llama");
+    snprintf(o->weight_type, sizeof o->weight_type, "BF16");
+    o->freq = kv_alloc_array((size_t)half, sizeof *o->freq, false);
+    o->rope = kv_alloc_array((size_t)s->n_layers, sizeof *o->rope, false);
+    o->sliding = kv_alloc_array((size_t)s->n_layers, sizeof *o->sliding, true);
+    m->layer = kv_alloc_array((size_t)s->n_layers, sizeof *m->layer, true);
+    if (!o->freq || !o->rope || !o->sliding || !m->layer) return KV_E_NOMEM;
+    for (int i = 0; i < half; i++) o->freq[i] = pow(s->rope_base, -2.0 * i / s->head_dim);
+    for (int l = 0; l < s->n_layers; l++) {
+        kv_layer *y = &m->layer[l];
+        y->wq = blank(s->n_embd, q);
+        y->wk = y->wv = blank(s->n_embd, k);
+        y->wo = blank(q, s->n_embd);
+        y->w_gate = y->w_up = blank(s->n_embd, s->n_ff);
+        y->w_down = blank(s->n_ff, s->n_embd);
+        y->scale = (float)(1 / sqrt((double)s->head_dim));
+        o->rope[l] = (kv_rope){ s->head_dim, o->freq };
+        FORWARD_IF_ERROR(ones(&y->attn_norm, s->n_embd));
+        FORWARD_IF_ERROR(ones(&y->ffn_norm, s->n_embd));
+    }
+    m->embed = m->head = blank(s->n_embd, s->n_vocab);
+    m->embed_scale = 1;
+    m->activation = KV_ACT_SILU;
+    m->geo = (kv_geometry){ s->n_layers, s->n_heads, s->n_kv_heads, s->head_dim, o->rope, o->sliding };
+    const double n_params = 2.0 * s->n_vocab * s->n_embd + (double)s->n_layers * (2.0 * q * s->n_embd + 2.0 * k * s->n_embd + 3.0 * s->n_ff * s->n_embd);
+    m->info = (kv_model_info){ .path = "", .arch = o->arch, .name = o->name, .weight_type = o->weight_type, .tokenizer = "none", .chat_template = "none",
+        .n_layers = s->n_layers, .n_heads = s->n_heads, .n_kv_heads = s->n_kv_heads, .head_dim = s->head_dim, .n_embd = s->n_embd, .n_ff = s->n_ff, .n_vocab = s->n_vocab, .n_ctx_train = 1 << 24,
+        .n_rot = s->head_dim, .bos = -1, .eos = -1, .n_params = n_params, .weight_bytes = 2 * n_params, .rope_base = s->rope_base, .norm_eps = 1e-5 };
+    return ones(&m->out_norm, s->n_embd);
+}
+
+int kv_model_synthetic(kv_model **out, const char *name, const kv_model_shape *s, const char *device)
+{
+    RETURN_ERROR_IF(!out || !name || !s || !device, KV_E_ARG, "kv_model_synthetic: NULL argument");
+    *out = NULL;
+    const struct { const char *name; int value, max; } size[] = { { "n_layers", s->n_layers, MAX_LAYERS }, { "n_heads", s->n_heads, 1024 }, { "n_kv_heads", s->n_kv_heads, 1024 },
+        { "head_dim", s->head_dim, KV_MAX_HEAD_DIM }, { "n_embd", s->n_embd, 1 << 17 }, { "n_ff", s->n_ff, 1 << 18 }, { "n_vocab", s->n_vocab, 1 << 20 } };
+    for (size_t i = 0; i < sizeof size / sizeof *size; i++)
+        RETURN_ERROR_IF(size[i].value < 1 || size[i].value > size[i].max, KV_E_ARG, "model '%s': %s=%d is outside 1..%d", name, size[i].name, size[i].value, size[i].max);
+    RETURN_ERROR_IF(s->n_heads % s->n_kv_heads || s->head_dim % 2, KV_E_ARG, "model '%s': n_heads=%d is no multiple of n_kv_heads=%d, or head_dim=%d is odd", name, s->n_heads, s->n_kv_heads, s->head_dim);
+    RETURN_ERROR_IF(!(s->rope_base >= 1), KV_E_ARG, "model '%s': rope_base=%g is less than 1", name, s->rope_base);
+    RETURN_ERROR_IF(!strcmp(device, "cpu"), KV_E_UNSUPPORTED, "model '%s': weights of a shape alone are made on a device, not on the cpu", name);
+    kv_model *m = kv_zalloc(sizeof *m);
+    if (!m) return KV_E_NOMEM;
+    atomic_init(&m->refs, 1);
+    int status = KV_E_NOMEM;
+    if (!(m->owned = kv_zalloc(sizeof(owned)))) goto fail;
+    FAIL_IF_ERROR(fill_shape(m, name, s));
+    FAIL_IF_ERROR(kv_device_model_load(m, device, KV_WEIGHTS_BF16));
+    *out = m;
+    return KV_OK;
+fail:
+    kv_model_free(m);
+    return status;
+}
+
 kv_model *kv_model_ref(kv_model *m)
 {
     atomic_fetch_add(&m->refs, 1);
@@ -455,6 +528,7 @@ void kv_model_free(kv_model *m)
         kv_weight *const weights[] = EACH_WEIGHT(y);
         for (size_t i = 0; i < sizeof weights / sizeof *weights; i++) kv_free(weights[i]->panels);
     }
+    kv_device_model_free(m->dev);
     kv_free(m->head.panels);
     kv_free(m->layer);
     kv_free(m->out_norm);
@@ -501,6 +575,7 @@ const float *kv_model_key_bias(const kv_model *m, int layer)
 int kv_model_meta_at(const kv_model *m, int i, const char **key, const char **value)
 {
     RETURN_ERROR_IF(!m || !key || !value, KV_E_ARG, "kv_model_meta_at: NULL argument");
+    RETURN_ERROR_IF(!m->gguf, KV_E_ARG, "model '%s' has no file", m->info.name);
     RETURN_ERROR_IF(i < 0 || i >= kv_gguf_n_keys(m->gguf), KV_E_ARG, "metadata %d is outside 1..%d", i + 1, kv_gguf_n_keys(m->gguf));
     *key = kv_gguf_key_at(m->gguf, i);
     *value = kv_gguf_value_text(m->gguf, i);
@@ -510,6 +585,7 @@ int kv_model_meta_at(const kv_model *m, int i, const char **key, const char **va
 int kv_model_tensor_at(const kv_model *m, int i, const char **name, const char **type, int *n_dims, double *shape4, double *bytes)
 {
     RETURN_ERROR_IF(!m || !name || !type || !n_dims || !shape4 || !bytes, KV_E_ARG, "kv_model_tensor_at: NULL argument");
+    RETURN_ERROR_IF(!m->gguf, KV_E_ARG, "model '%s' has no file", m->info.name);
     RETURN_ERROR_IF(i < 0 || i >= kv_gguf_n_tensors(m->gguf), KV_E_ARG, "tensor %d is outside 1..%d", i + 1, kv_gguf_n_tensors(m->gguf));
     const kv_gguf_tensor *t = kv_gguf_tensor_at(m->gguf, i);
     *name = t->name;

@@ -69,6 +69,7 @@ typedef struct kv_layer {
 } kv_layer;
 enum { KV_ACT_SILU = 0, KV_ACT_GELU_TANH = 1 };
 typedef struct kv_tokenizer kv_tokenizer;
+typedef struct kv_device_model kv_device_model;            /* device_model.h */
 struct kv_model {
     atomic_int    refs, packed;
     kv_gguf      *gguf;
@@ -80,9 +81,13 @@ struct kv_model {
     float         embed_scale, final_softcap;
     int           activation;
     kv_tokenizer *tok;
+    kv_device_model *dev;                                  /* NULL: on the CPU */
     void         *owned;                                   /* rope tables and texts */
 };
 kv_model *kv_model_ref(kv_model *m);
+const char *kv_device_model_name(const kv_device_model *d);
+void      kv_device_model_free(kv_device_model *d);
+int       kv_device_tap(kv_model *m, const int32_t *tokens, int n, int layer, float *const to[5] /* q, q_pre, k, k_pre, v */);
 void      kv_model_pack(kv_model *m);                      /* panels of every weight, once; before the first decode step */
 
 /* ---- the forward pass (forward.c): n tokens through all layers, several lanes in lockstep sharing weight reads */

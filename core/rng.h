@@ -5,8 +5,13 @@
 #ifndef KV_RNG_H
 #define KV_RNG_H
 #include <stdint.h>
+#if defined(__CUDACC__)
+#define KV_RNG_FN static inline __host__ __device__
+#else
+#define KV_RNG_FN static inline
+#endif
 
-static inline void kv_philox(const uint32_t counter[4], const uint32_t key[2], uint32_t out[4])
+KV_RNG_FN void kv_philox(const uint32_t counter[4], const uint32_t key[2], uint32_t out[4])
 {
     uint32_t c0 = counter[0], c1 = counter[1], c2 = counter[2], c3 = counter[3], k0 = key[0], k1 = key[1];
     for (int round = 0; round < 10; round++) {

@@ -1,16 +1,13 @@
-/* session.c -- one sequence: a cache, a forward pass of one lane, and the logits it last made.
+/* session.c -- one sequence, here or on a device (run.h), and the logits it last made.
  *
  * Also what is a session in disguise: taps, which run a text once over an exact cache and keep Q, K and V of one layer. */
 #include "calib.h"
 #include "container.h"
-#include "model.h"
-
-enum { FEED_AT_ONCE = 512 /* tokens of one pass: past this the products gain nothing and activations grow */ };
+#include "run.h"
 
 struct kv_session {
     kv_model   *m;
-    kv_cache   *cache;
-    kv_forward *one, *many;          /* passes of 1 and of up to FEED_AT_ONCE tokens; the second is made when needed */
+    kv_run     *run;
     float      *logits;
     size_t      logits_cap;
     int         n_logits, max_tokens;
@@ -22,10 +19,8 @@ static int session_alloc(kv_session **out, kv_model *m, int max_tokens)
     if (!s) return KV_E_NOMEM;
     s->m = kv_model_ref(m);
     s->max_tokens = max_tokens;
-    const int status = kv_forward_new(&s->one, m, 1, 1);
-    if (status < 0) kv_session_free(s);
-    else *out = s;
-    return status;
+    *out = s;
+    return KV_OK;
 }
 
 int kv_session_new(kv_session **out, kv_model *m, kv_plan *plan, int max_tokens)
@@ -39,7 +34,7 @@ int kv_session_new(kv_session **out, kv_model *m, kv_plan *plan, int max_tokens)
     if (plan) p = kv_plan_ref(plan);
     else FAIL_IF_ERROR(kv_plan_reference(&p, m->geo.n_layers, m->geo.n_kv_heads, m->geo.head_dim));
     FAIL_IF_ERROR(session_alloc(&s, m, max_tokens));
-    FAIL_IF_ERROR(kv_cache_new(&s->cache, &m->geo, p, max_tokens));
+    FAIL_IF_ERROR(kv_run_new(&s->run, m, p, max_tokens));
     kv_plan_free(p);
     *out = s;
     return KV_OK;
@@ -52,9 +47,7 @@ fail:
 void kv_session_free(kv_session *s)
 {
     if (!s) return;
-    if (s->cache) kv_cache_free(s->cache);
-    kv_forward_free(s->one);
-    kv_forward_free(s->many);
+    kv_run_free(s->run);
     kv_free(s->logits);
     kv_model_free(s->m);
     kv_free(s);
@@ -64,7 +57,7 @@ int kv_session_path(kv_session *s, int path)
 {
     RETURN_ERROR_IF(!s, KV_E_ARG, "session is NULL");
     RETURN_ERROR_IF(path != KV_PATH_FUSED && path != KV_PATH_TILE, KV_E_ARG, "session: path=%d is not 0 (fused) or 1 (tile)", path);
-    kv_cache_path(s->cache, path);
+    s->run->ops->path(s->run, path);
     return KV_OK;
 }
 
@@ -82,37 +75,25 @@ static int reserve_logits(kv_session *s, int n)
     return KV_OK;
 }
 
-static int feed_piece(kv_session *s, const int32_t *tokens, int n, float *logits /* [n][n_vocab], [1][n_vocab] or NULL */, int all)
-{
-    if (n > 1 && !s->many) FORWARD_IF_ERROR(kv_forward_new(&s->many, s->m, 1, kv_min(FEED_AT_ONCE, s->max_tokens)));
-    kv_forward *f = n > 1 ? s->many : s->one;
-    int more = 1;
-    FORWARD_IF_ERROR(kv_forward_begin(f, &s->cache, tokens, n));
-    while (more) FORWARD_IF_ERROR(kv_forward_layer(f, &more));
-    if (!logits) return KV_OK;
-    const float *hidden = kv_forward_hidden(f, 0);
-    return all ? kv_logits(s->m, hidden, n, logits) : kv_logits(s->m, hidden + (size_t)(n - 1) * (size_t)s->m->info.n_embd, 1, logits);
-}
-
 int kv_session_feed(kv_session *s, const int32_t *tokens, int n, int want_logits)
 {
     RETURN_ERROR_IF(!s || !tokens, KV_E_ARG, "kv_session_feed: NULL argument");
     RETURN_ERROR_IF(n < 1, KV_E_ARG, "session: %d tokens to feed is less than 1", n);
-    const int have = kv_cache_n_tokens(s->cache);
+    const int have = kv_session_n_tokens(s), at_once = s->run->ops->feed_at_once;
     RETURN_ERROR_IF(n > s->max_tokens - have, KV_E_ARG, "session: %d tokens after %d do not fit max_tokens=%d", n, have, s->max_tokens);
     RETURN_ERROR_IF(want_logits < 0 || want_logits > 2, KV_E_ARG, "session: want_logits=%d is outside 0..2", want_logits);
     const int rows = want_logits == 2 ? n : want_logits;
     if (rows) FORWARD_IF_ERROR(reserve_logits(s, rows));
     s->n_logits = 0;
     for (int done = 0; done < n;) {
-        const int piece = kv_min(FEED_AT_ONCE, n - done), last = done + piece == n;
+        const int piece = kv_min(at_once, n - done), last = done + piece == n;
         float *to = want_logits == 2 ? s->logits + (size_t)done * (size_t)s->m->info.n_vocab : want_logits && last ? s->logits : NULL;
-        const int status = feed_piece(s, tokens + done, piece, to, want_logits == 2);
+        const int status = s->run->ops->feed(s->run, tokens + done, piece, to, want_logits == 2);
         if (status < 0) {
             char why[512];                                  /* the truncation below may speak too */
             strncpy(why, kv_last_error(), sizeof why - 1);
             why[sizeof why - 1] = 0;
-            kv_cache_truncate(s->cache, have);
+            s->run->ops->truncate(s->run, have);
             return kv_set_error(status, "%s", why);
         }
         done += piece;
@@ -123,13 +104,13 @@ int kv_session_feed(kv_session *s, const int32_t *tokens, int n, int want_logits
 
 const float *kv_session_logits(const kv_session *s) { return s && s->n_logits ? s->logits : NULL; }
 const kv_model *kv_session_model(const kv_session *s) { return s->m; }
-int kv_session_n_tokens(const kv_session *s) { return s ? kv_cache_n_tokens(s->cache) : 0; }
+int kv_session_n_tokens(const kv_session *s) { return s ? s->run->ops->n_tokens(s->run) : 0; }
 
 int kv_session_truncate(kv_session *s, int n_tokens)
 {
     RETURN_ERROR_IF(!s, KV_E_ARG, "session is NULL");
     s->n_logits = 0;
-    return kv_cache_truncate(s->cache, n_tokens);
+    return s->run->ops->truncate(s->run, n_tokens);
 }
 
 int kv_session_fork(kv_session **out, const kv_session *s)
@@ -138,7 +119,7 @@ int kv_session_fork(kv_session **out, const kv_session *s)
     *out = NULL;
     kv_session *copy;
     FORWARD_IF_ERROR(session_alloc(&copy, s->m, s->max_tokens));
-    const int status = kv_cache_fork(&copy->cache, s->cache);
+    const int status = s->run->ops->fork(&copy->run, s->run);
     if (status < 0) kv_session_free(copy);
     else *out = copy;
     return status;
@@ -147,7 +128,7 @@ int kv_session_fork(kv_session **out, const kv_session *s)
 int kv_session_bytes(const kv_session *s, kv_bytes *out)
 {
     RETURN_ERROR_IF(!s || !out, KV_E_ARG, "kv_session_bytes: NULL argument");
-    return kv_cache_bytes(s->cache, -1, -1, out);
+    return s->run->ops->bytes(s->run, -1, -1, out);
 }
 
 int kv_session_layer_bytes(const kv_session *s, int layer, int side, kv_bytes *out)
@@ -155,13 +136,13 @@ int kv_session_layer_bytes(const kv_session *s, int layer, int side, kv_bytes *o
     RETURN_ERROR_IF(!s || !out, KV_E_ARG, "kv_session_layer_bytes: NULL argument");
     RETURN_ERROR_IF(layer < 0 || layer >= s->m->info.n_layers, KV_E_ARG, "layer %d is outside 1..%d", layer + 1, s->m->info.n_layers);
     RETURN_ERROR_IF(side < -1 || side > 1, KV_E_ARG, "side %d is not 0 (k), 1 (v) or -1 (both)", side);
-    return kv_cache_bytes(s->cache, layer, side, out);
+    return s->run->ops->bytes(s->run, layer, side, out);
 }
 
 int kv_session_pairs(const kv_session *s, kv_pairs *out)
 {
     RETURN_ERROR_IF(!s || !out, KV_E_ARG, "kv_session_pairs: NULL argument");
-    kv_cache_pairs(s->cache, out);
+    s->run->ops->pairs(s->run, out);
     return KV_OK;
 }
 
@@ -171,20 +152,31 @@ int kv_session_read(const kv_session *s, int layer, int head, int side, int tok0
     RETURN_ERROR_IF(layer < 0 || layer >= s->m->info.n_layers, KV_E_ARG, "layer %d is outside 1..%d", layer + 1, s->m->info.n_layers);
     RETURN_ERROR_IF(head < 0 || head >= s->m->info.n_kv_heads, KV_E_ARG, "head %d is outside 1..%d", head + 1, s->m->info.n_kv_heads);
     RETURN_ERROR_IF(side != KV_SIDE_K && side != KV_SIDE_V, KV_E_ARG, "side %d is not 0 (k) or 1 (v)", side);
-    RETURN_ERROR_IF(tok0 < 0 || tok1 < tok0 || tok1 > kv_cache_n_tokens(s->cache), KV_E_ARG, "tokens %d..%d are outside 1..%d", tok0 + 1, tok1, kv_cache_n_tokens(s->cache));
-    return kv_cache_read(s->cache, layer, head, side, tok0, tok1, dst);
+    RETURN_ERROR_IF(tok0 < 0 || tok1 < tok0 || tok1 > kv_session_n_tokens(s), KV_E_ARG, "tokens %d..%d are outside 1..%d", tok0 + 1, tok1, kv_session_n_tokens(s));
+    return s->run->ops->read(s->run, layer, head, side, tok0, tok1, dst);
+}
+
+/* The cache, for what only one here can do. */
+static int host_cache(const kv_session *s, const char *what, kv_cache **out)
+{
+    *out = NULL;
+    RETURN_ERROR_IF(!s->run->cache, KV_E_UNSUPPORTED, "session: %s needs a session on the cpu; this one is on device '%s'", what, s->run->device);
+    *out = s->run->cache;
+    return KV_OK;
 }
 
 int kv_session_first_held(const kv_session *s, int layer)
 {
-    return s && layer >= 0 && layer < s->m->info.n_layers ? kv_cache_first_held(s->cache, layer) : -1;
+    return s && s->run->cache && layer >= 0 && layer < s->m->info.n_layers ? kv_cache_first_held(s->run->cache, layer) : -1;
 }
 
 int kv_session_import(kv_session *s, int n)
 {
     RETURN_ERROR_IF(!s, KV_E_ARG, "session is NULL");
+    kv_cache *cache = NULL;
+    FORWARD_IF_ERROR(host_cache(s, "import", &cache));
     s->n_logits = 0;
-    return kv_cache_import(s->cache, n);
+    return kv_cache_import(cache, n);
 }
 
 int kv_session_write(kv_session *s, int layer, int head, int side, int tok0, int tok1, const float *src)
@@ -193,22 +185,23 @@ int kv_session_write(kv_session *s, int layer, int head, int side, int tok0, int
     RETURN_ERROR_IF(layer < 0 || layer >= s->m->info.n_layers, KV_E_ARG, "layer %d is outside 1..%d", layer + 1, s->m->info.n_layers);
     RETURN_ERROR_IF(head < 0 || head >= s->m->info.n_kv_heads, KV_E_ARG, "head %d is outside 1..%d", head + 1, s->m->info.n_kv_heads);
     RETURN_ERROR_IF(side != KV_SIDE_K && side != KV_SIDE_V, KV_E_ARG, "side %d is not 0 (k) or 1 (v)", side);
-    return kv_cache_write(s->cache, layer, head, side, tok0, tok1, src);
+    kv_cache *cache = NULL;
+    FORWARD_IF_ERROR(host_cache(s, "write", &cache));
+    return kv_cache_write(cache, layer, head, side, tok0, tok1, src);
 }
 
 int kv_session_mutate(kv_session *s, double seed, double share, double *n)
 {
     RETURN_ERROR_IF(!s || !n, KV_E_ARG, "kv_session_mutate: NULL argument");
     RETURN_ERROR_IF(!(share > 0 && share <= 1), KV_E_ARG, "mutate: share=%g is outside (0, 1]", share);
-    *n = kv_cache_mutate(s->cache, seed, share);
-    return KV_OK;
+    return s->run->ops->mutate(s->run, seed, share, n);
 }
 
-const char *kv_session_paths(const kv_session *s) { return s ? kv_cache_paths(s->cache) : ""; }
+const char *kv_session_paths(const kv_session *s) { return s ? s->run->ops->paths(s->run) : ""; }
 
 /* ---- files */
 
-kv_plan *kv_session_plan(const kv_session *s) { return s ? kv_plan_ref(kv_cache_plan(s->cache)) : NULL; }
+kv_plan *kv_session_plan(const kv_session *s) { return s ? kv_plan_ref(s->run->plan) : NULL; }
 
 int kv_session_max_tokens(const kv_session *s) { return s ? s->max_tokens : 0; }
 
@@ -217,12 +210,14 @@ int kv_session_save(const kv_session *s, const char *path, const int32_t *tokens
     char model[65], rope[65];
     kv_pack_writer *w = NULL;
     int status, n_stage;
+    kv_cache *cache = NULL;
     RETURN_ERROR_IF(!s || !path || !about || !stage || (!tokens && kv_session_n_tokens(s) > 0), KV_E_ARG, "kv_session_save: NULL argument");
+    FORWARD_IF_ERROR(host_cache(s, "save", &cache));
     FORWARD_IF_ERROR(kv_stage_find(stage, &n_stage));
     kv_calib_fingerprint(s->m, model, rope);
     const kv_cache_extras x = { model, rope, about, tokens, s->logits, s->n_logits == 1 ? s->m->info.n_vocab : 0 };
     FAIL_IF_ERROR(kv_pack_create(&w, path));
-    FAIL_IF_ERROR(kv_cache_save(s->cache, w, &x, n_stage, level));
+    FAIL_IF_ERROR(kv_cache_save(cache, w, &x, n_stage, level));
     status = kv_pack_finish(w);
 fail:
     kv_pack_abandon(w);
@@ -237,14 +232,12 @@ int kv_session_load(kv_session **out, kv_model *m, const kv_pack *p, int max_tok
     int status, n_logits;
     RETURN_ERROR_IF(!out || !m || !p, KV_E_ARG, "kv_session_load: NULL argument");
     *out = NULL;
+    RETURN_ERROR_IF(m->dev, KV_E_UNSUPPORTED, "file '%s': a session is loaded on the cpu; the model is on device '%s'", kv_pack_name(p), kv_device_model_name(m->dev));
     kv_calib_fingerprint(m, model, rope);
     FORWARD_IF_ERROR(kv_cache_load(&cache, &m->geo, p, &(kv_cache_extras){ .model = model, .rope = rope }, max_tokens, salvage, &n_logits));
-    status = session_alloc(&s, m, kv_cache_max_tokens(cache));
-    if (status < 0) {
-        kv_cache_free(cache);
-        return status;
-    }
-    s->cache = cache;
+    FAIL_IF_ERROR(session_alloc(&s, m, kv_cache_max_tokens(cache)));
+    FAIL_IF_ERROR(kv_run_adopt(&s->run, m, cache));
+    cache = NULL;
     if (n_logits) {
         FAIL_IF(n_logits != m->info.n_vocab, KV_E_CORRUPT, "file '%s': %d logits, the model has %d", kv_pack_name(p), n_logits, m->info.n_vocab);
         FAIL_IF_ERROR(reserve_logits(s, 1));
@@ -254,6 +247,7 @@ int kv_session_load(kv_session **out, kv_model *m, const kv_pack *p, int max_tok
     *out = s;
     return KV_OK;
 fail:
+    if (cache) kv_cache_free(cache);
     kv_session_free(s);
     return status;
 }
@@ -284,23 +278,35 @@ static void on_tap(void *ctx, int lane, int layer, int n, const float *q_pre, co
     keep(t->v, v, t->info->n_kv_heads, t, layer, n);
 }
 
+static int tap_here(kv_model *m, const int32_t *tokens, int n, tap *t)
+{
+    enum { AT_ONCE = 512 };
+    kv_plan *plan = NULL;
+    kv_cache *cache = NULL;
+    kv_forward *f = NULL;
+    int status, more;
+    FAIL_IF_ERROR(kv_plan_reference(&plan, m->geo.n_layers, m->geo.n_kv_heads, m->geo.head_dim));
+    FAIL_IF_ERROR(kv_cache_new(&cache, &m->geo, plan, n));
+    FAIL_IF_ERROR(kv_forward_new(&f, m, 1, kv_min(AT_ONCE, n)));
+    kv_forward_tap(f, on_tap, t);
+    for (; t->start < n; t->start += AT_ONCE) {
+        FAIL_IF_ERROR(kv_forward_begin(f, &cache, tokens + t->start, kv_min(AT_ONCE, n - t->start)));
+        do FAIL_IF_ERROR(kv_forward_layer(f, &more)); while (more);
+    }
+    status = KV_OK;
+fail:
+    kv_forward_free(f);
+    if (cache) kv_cache_free(cache);
+    kv_plan_free(plan);
+    return status;
+}
+
 int kv_model_tap(kv_model *m, const int32_t *tokens, int n, int layer, float *q, float *q_pre, float *k, float *k_pre, float *v)
 {
     RETURN_ERROR_IF(!m || !tokens, KV_E_ARG, "kv_model_tap: NULL argument");
     RETURN_ERROR_IF(layer < -1 || layer >= m->info.n_layers, KV_E_ARG, "layer %d is outside 1..%d", layer + 1, m->info.n_layers);
     RETURN_ERROR_IF(n < 1 || n > 1 << 20, KV_E_ARG, "tap: %d tokens is outside 1..%d", n, 1 << 20);
-    kv_session *s = NULL;
+    if (m->dev) return kv_device_tap(m, tokens, n, layer, (float *const[]){ q, q_pre, k, k_pre, v });
     tap t = { &m->info, layer, n, 0, q, q_pre, k, k_pre, v };
-    int status, more;
-    FAIL_IF_ERROR(kv_session_new(&s, m, NULL, n));
-    FAIL_IF_ERROR(kv_forward_new(&s->many, m, 1, kv_min(FEED_AT_ONCE, n)));
-    kv_forward_tap(s->many, on_tap, &t);
-    for (; t.start < n; t.start += FEED_AT_ONCE) {
-        FAIL_IF_ERROR(kv_forward_begin(s->many, &s->cache, tokens + t.start, kv_min(FEED_AT_ONCE, n - t.start)));
-        do FAIL_IF_ERROR(kv_forward_layer(s->many, &more)); while (more);
-    }
-    status = KV_OK;
-fail:
-    kv_session_free(s);
-    return status;
+    return tap_here(m, tokens, n, &t);
 }

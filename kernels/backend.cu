@@ -89,6 +89,7 @@ static kv_backend make_table()
     t.codec_decode = kv_cuda_codec_decode;
     t.bench = kv_cuda_bench;
     kv_cache_entries(&t);
+    kv_runner_entries(&t);
     return t;
 }
 

@@ -16,3 +16,5 @@ int kv_cuda_bench(int device, const char *cases, int repeats, char *json, size_t
 // Fills the table's cache_* entries (cache_table.cu).
 struct kv_backend;
 void kv_cache_entries(kv_backend *t);
+// And its entries from runner_new to generate (runner.cu).
+void kv_runner_entries(kv_backend *t);

@@ -8,7 +8,7 @@ local M = { _VERSION = "0.1" }
 local where = {
   tensor = { "kelvin.tensor" }, codec = { "kelvin.codec" }, codecs = { "kelvin.codec", "list" },
   compare = { "kelvin.compare", "compare" }, policy = { "kelvin.policy" }, policies = { "kelvin.policies" }, fit_budget = { "kelvin.policy", "fit_budget" },
-  plan = { "kelvin.plan" }, model = { "kelvin.model" }, calib = { "kelvin.calib" }, calibrate = { "kelvin.calib", "calibrate" }, eval = { "kelvin.eval" },
+  plan = { "kelvin.plan" }, model = { "kelvin.model" }, synthetic = { "kelvin.model", "synthetic" }, calib = { "kelvin.calib" }, calibrate = { "kelvin.calib", "calibrate" }, eval = { "kelvin.eval" },
   kvtc = { "kelvin.kvtc" }, offload = { "kelvin.kvtc", "offload" },
   ladder = { "kelvin.ladder" }, experiment = { "kelvin.experiment" }, table = { "kelvin.experiment", "table" }, plot = { "kelvin.experiment", "plot" },
   json = { "kelvin.json" }, config = { "kelvin.config" }, log = { "kelvin.log" }, help = { "kelvin.help" },

@@ -43,11 +43,13 @@ function M.list()
 end
 
 doc("kv.model", [[
-  kv.model(name or path) -> model
+  kv.model(name or path [, { device = "cuda", weights = "stored" }]) -> model
   A name of configs/models/ (looked up in KELVIN_MODELS, else ~/.cache/kelvin/models) or a path of a .gguf file.
+  device: "cpu", "cuda" or "cuda:1"; sessions, evaluations and taps of the model run there.  weights: "stored" (the file's blocks, products in
+  f32) or "bf16" (products in bf16 with f32 sums, faster for many rows).  m:to(device) moves it later; m.device is where it is.
   m.n_layers n_heads n_kv_heads head_dim n_vocab n_ctx_train arch weight_type bos eos add_bos has_kv_bias
   m:tokenize(text) -> ids   m:detokenize(ids) -> text   m:session{...}   m:tap{...}   m:calibrate{...}   m:layer(l)]])
-function M.open(name)
+function M.open(name, o)
   check.that(type(name) == "string", "kv.model: a %s given, a name or path is needed", type(name))
   local path, present, c = M.find(name)
   if not present then
@@ -59,20 +61,57 @@ function M.open(name)
     check.fail("model '%s' is not here: kelvin models get %s", name, name)
   end
   local m = K.handle("kv_model", C.kv_model_free, function(out) return C.kv_model_open(out, path) end)
+  local self = M._of(m, path == name and name:match "([^/]+)$":gsub("%.gguf$", "") or name, path)
+  self.config = c
+  local device = o and o.device or M.device
+  return device and device ~= "cpu" and self:to(device, o and o.weights) or self
+end
+
+--- For this module: a handle with its fields.
+function M._of(m, name, path)
   local info = ffi.new "kv_model_info[1]"
   check(C.kv_model_get_info(m, info))
   local i = info[0]
-  local self = { _m = m, path = path, name = path == name and name:match "([^/]+)$":gsub("%.gguf$", "") or name, title = text(i.name), arch = text(i.arch), weight_type = text(i.weight_type),
+  local self = { _m = m, path = path, name = name, title = text(i.name), arch = text(i.arch), weight_type = text(i.weight_type),
     tokenizer = text(i.tokenizer), chat_template = text(i.chat_template), has_kv_bias = i.has_kv_bias ~= 0, add_bos = i.add_bos ~= 0 }
   for _, f in ipairs { "n_layers", "n_heads", "n_kv_heads", "head_dim", "n_embd", "n_ff", "n_vocab", "n_ctx_train", "n_rot", "bos", "eos",
     "file_bytes", "n_params", "weight_bytes", "rope_base", "norm_eps" } do self[f] = i[f] end
-  self.config = c
   return setmetatable(self, Model)
 end
 
+--- The device that models are put on when kv.model is not told one (the program's --device).
+M.device = nil
+
+local storage = { stored = 0, bf16 = 1 }
+
+--- m:to(device [, weights]): copies the weights there once; sessions that exist stay where they are.
+function Model.__index:to(device, weights)
+  check.that(type(device) == "string", "model:to: a %s given, the name of a device is needed", type(device))
+  weights = weights or "stored"
+  check.that(storage[weights], "model:to: weights '%s' is none of stored, bf16", tostring(weights))
+  check(C.kv_model_device(self._m, device, storage[weights]))
+  self.device = device ~= "cpu" and device or nil
+  self.device_name = self.device and require("kelvin.lib").device(device).name or nil
+  self.device_weights = self.device and weights or nil
+  return self
+end
+
+doc("kv.synthetic", [[
+  kv.synthetic(name, { n_layers =, n_heads =, n_kv_heads =, head_dim =, n_embd =, n_ff =, n_vocab =, rope_base = } [, device = "cuda"]) -> model
+  A model of a shape alone with random bf16 weights, made on a device: for measuring speed.  It has no tokenizer and no file.]])
+function M.synthetic(name, shape, device)
+  check.that(type(shape) == "table", "kv.synthetic: a %s given, a table of sizes is needed", type(shape))
+  device = device or M.device or "cuda"
+  local s = ffi.new("kv_model_shape", shape)
+  local m = K.handle("kv_model", C.kv_model_free, function(out) return C.kv_model_synthetic(out, name, s, device) end)
+  local self = M._of(m, name, "")
+  self.device, self.device_name, self.device_weights = device, require("kelvin.lib").device(device).name, "bf16"
+  return self
+end
+
 function Model:__tostring()
-  return ("model %s: %s, %d layers, %d q heads, %d kv heads, head_dim %d, vocab %d, %s, %.1f MB"):format(self.name, self.arch, self.n_layers, self.n_heads,
-    self.n_kv_heads, self.head_dim, self.n_vocab, self.weight_type, self.file_bytes / 1e6)
+  return ("model %s: %s, %d layers, %d q heads, %d kv heads, head_dim %d, vocab %d, %s, %.1f MB%s"):format(self.name, self.arch, self.n_layers, self.n_heads,
+    self.n_kv_heads, self.head_dim, self.n_vocab, self.weight_type, self.file_bytes / 1e6, self.device and (", on %s (%s)"):format(self.device, self.device_name) or "")
 end
 
 --- m:layer(l): sliding_window (0: global), rope_base, rope_scale.
@@ -215,4 +254,7 @@ function Model.__index:calibrate(o) return require("kelvin.calib").new(self, o) 
 --- m:session{...}: see kelvin.session.
 function Model.__index:session(o) return require("kelvin.session").new(self, o or {}) end
 
-return setmetatable(M, { __call = function(_, name) return M.open(name) end })
+--- m:batch{...}: see kelvin.batch.
+function Model.__index:batch(o) return require("kelvin.batch").new(self, o or {}) end
+
+return setmetatable(M, { __call = function(_, name, o) return M.open(name, o) end })
