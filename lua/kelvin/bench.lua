@@ -55,7 +55,7 @@ function M.decode(o)
   local deepest = math.max(unpack(depths))
   local filler = {}
   for i = 1, deepest + 2 * n do filler[i] = math.floor(lib.random(7, 0, i) * (model.n_vocab - 10)) + 5 end
-  local read = M.read_bandwidth(lib.threads())
+  local read = not model.device and M.read_bandwidth(lib.threads()) or nil       -- of this machine's memory: no floor for a device (kelvin bench generate has shares)
   local rows, candidates = {}, {}
   for _, depth in ipairs(depths) do
     for _, arm in ipairs(o.arms or { "f16", "q8_0", "turboquant-4" }) do
@@ -86,18 +86,18 @@ function M.decode(o)
     check(C.kv_session_feed(c.s._s, one, 1, 0))
     local b = ffi.new "kv_bytes[1]"
     check(C.kv_session_bytes(c.s._s, b))
-    local floor = (model.weight_bytes + (c.depth > 0 and b[0].codes + b[0].scales + b[0].exact or 0)) / (read * 1e9)
+    local floor = read and (model.weight_bytes + (c.depth > 0 and b[0].codes + b[0].scales + b[0].exact or 0)) / (read * 1e9) or nil
     rows[#rows + 1] = { arm = c.arm, depth = c.depth, tokens_per_s = 1 / t, us = 1e6 * t, iqr_us = 1e6 * iqr, cache_bytes = b[0].total,
-      floor_us = 1e6 * floor, share = floor / t, threads = lib.threads(), read_gb_s = read, path = c.s:paths(), repeats = #c.times }
+      floor_us = floor and 1e6 * floor, share = floor and floor / t, threads = lib.threads(), read_gb_s = read, path = c.s:paths(), repeats = #c.times, device = model.device or "cpu", device_name = model.device_name }
   end
   log.clear()
   return setmetatable(rows, { __tostring = function(t)
     local lines = { { "arm", "depth", "tokens/s", "us/token", "IQR", "cache MB", "floor us", "of floor", "path" } }
     for _, r in ipairs(t) do
       lines[#lines + 1] = { r.arm, tostring(r.depth), ("%.1f"):format(r.tokens_per_s), ("%.0f"):format(r.us), ("%.0f"):format(r.iqr_us), ("%.2f"):format(r.cache_bytes / 1e6),
-        ("%.0f"):format(r.floor_us), ("%.0f %%"):format(100 * r.share), r.path }
+        r.floor_us and ("%.0f"):format(r.floor_us) or "-", r.share and ("%.0f %%"):format(100 * r.share) or "-", r.path }
     end
-    return ("%s, %d threads, read %.1f GB/s; floor: weights and cache read once\n"):format(model.name, lib.threads(), read) .. require("kelvin.evaltext").aligned(lines)
+    return (read and ("%s, %d threads, read %.1f GB/s; floor: weights and cache read once\n"):format(model.name, lib.threads(), read) or ("%s on %s (%s)\n"):format(model.name, model.device, model.device_name)) .. require("kelvin.evaltext").aligned(lines)
   end })
 end
 
@@ -159,11 +159,11 @@ function M.main(a)
       shapes = shapes or {}
       shapes[i] = gpu.parse_shape(text)
     end
-    result = M.gpu { device = a.device, shapes = shapes, bits = gpu.parse_bits(a.bits), repeats = a.repeats, peers = a.peers, rows = a.rows }
+    result = M.gpu { device = a.device or "cuda", shapes = shapes, bits = gpu.parse_bits(a.bits), repeats = a.repeats, peers = a.peers, rows = a.rows }
   elseif a.what == "generate" then
     local generate, depths, batches = require "kelvin.bench_generate", numbers("depth", a.depth, 0), numbers("batch", a.batch, 1)
-    local model = generate.open(a.model, a.device)
-    result = generate.run { model = model, device = a.device, calib = a.artifact and model:calibrate { artifact = a.artifact }, arms = arms, depths = depths, batches = batches,
+    local model = generate.open(a.model, a.device or "cuda")
+    result = generate.run { model = model, device = a.device or "cuda", calib = a.artifact and model:calibrate { artifact = a.artifact }, arms = arms, depths = depths, batches = batches,
       repeats = a.repeats, tokens = a.tokens, rows = a.rows }
   else result = M.eval { model = a.model, arms = arms } end
   if a.format == "json" then

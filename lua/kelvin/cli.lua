@@ -51,6 +51,7 @@ local function parser()
   local p = argparse("kelvin", "An absolute scale for KV-cache compression.", "Without a command: the REPL.  `kelvin COMMAND --help` shows a command's options and an example.")
   p:require_command(false):command_target "command":help_max_width(110)
   p:option("--threads", "Threads for the core (default: all that this process may use)."):convert(positive "--threads"):argname "N"
+  p:option("--device", "Where models run: cpu (default), cuda, cuda:N.  Sessions, generation, evaluations and decode benches; calibration stays on the cpu."):argname "NAME"
   p:option("--log", "error, warn, info or debug (KV_LOG sets the default)."):convert(one_of("--log", "error", "warn", "info", "debug")):argname "LEVEL"
   p:flag("--version", "Print version, compiler and declarations' hash."):target "version"
 
@@ -65,7 +66,6 @@ local function parser()
   run:option("--text", "Text file instead of the experiment's data."):argname "FILE"
   run:option("--calib", "Text to calibrate on; all of the other text is scored then."):argname "FILE"
   run:option("--shard", "Every N-th point from the I-th only, so that N processes or machines share a run; kelvin report joins their rows."):convert(shard):argname "I/N"
-  run:option("--device", "cpu or cuda."):argname "NAME"
 
   local script = p:command("lua", "Run a plain Lua script with `require \"kelvin\"` in reach.", "Example: kelvin lua sweep.lua first second")
   script:argument("file", "The script; its arguments are in `arg` and `...`.")
@@ -148,7 +148,7 @@ local function parser()
 
   local bench = p:command("bench", "Measure speed: decode, codecs, eval, gpu or generate.",
     "Examples: kelvin bench decode --depth 0,4096 --arm f16 --arm turboquant-4; kelvin bench gpu --shape 8x32768x128x8x4 --bits 4,3,2")
-  bench:argument("what", "decode, codecs, eval, gpu (a device's kernels as shares of its memory's speed) or generate (whole models on a device)."):convert(
+  bench:argument("what", "decode, codecs, eval, gpu (a device's kernels as shares of its memory's speed) or generate (whole models on a device); these two on --device, cuda without it."):convert(
     one_of("bench", "decode", "codecs", "eval", "gpu", "generate"))
   bench:argument("model", "A model's name or a .gguf file (default: " .. DEFAULT_MODEL .. "); for generate also shape:llama-3-8b, of random weights."):args "?":argname "MODEL"
   bench:option("--depth", "Depths of the cache, for decode and generate."):default "0,4096":argname "N,N"
@@ -160,7 +160,6 @@ local function parser()
   bench:option("--queries", "Query heads of a K/V head, for codecs."):convert(positive "--queries"):default "4":argname "N"
   bench:option("--ggml", "Folder of libggml-base.so and libggml-cpu.so, timed in the same run, for codecs."):argname "DIR"
   bench:option("--rows", "Write rows as JSON lines, for codecs, gpu and generate (these with a manifest, a table and a plot beside them)."):argname "FILE"
-  bench:option("--device", "cuda or cuda:N, for gpu and generate."):default "cuda":argname "DEVICE"
   bench:option("--shape", "For gpu, batch x length x head_dim x K/V heads x query heads each (8x32768x128x8x4; r at its end: ragged); again for more (default: those of results/gpu)."):count "*":argname "SHAPE"
   bench:option("--bits", "For gpu, bits of keys and values, or K/V: 4,3,2,4/2."):default "4,3,2":argname "N,N"
   bench:option("--batch", "For generate, sequences that decode together."):default "1":argname "N,N"
@@ -336,7 +335,7 @@ end
 
 function commands.run(a)
   return require("kelvin.experiment").run_file(a.file, { smoke = a.smoke, resume = a.resume, list = a.list, set = a.set, out = a.out, model = a.model, text = a.text,
-    calib = a.calib, device = a.device, shard = a.shard })
+    calib = a.calib, shard = a.shard })
 end
 
 function commands.report(a) return require("kelvin.report").remake(a.dir) end
@@ -408,7 +407,7 @@ function commands.models(a)
     return require("kelvin.fetch").get(a.name)
   end
   check.that(not a.name, "models: '%s' after '%s'; one model is described at a time", a.name, a.what)
-  local m = models.open(a.what)
+  local m = models.open(a.what, { device = "cpu" })
   print(tostring(m))
   local function line(key, value) print(("  %-14s %s"):format(key, tostring(value))) end
   line("path", m.path)
@@ -490,6 +489,7 @@ function M.main(arg)
     if a.version then return version() end
     local name = a.command or "repl"
     if name == "chat" or name == "bench" then a.model = a.model or DEFAULT_MODEL end      -- argparse has no default for an optional argument
+    require("kelvin.model").device = a.device
     if name ~= "repl" then K.C.kv_interrupt_enable() end
     local status = commands[name](a)
     if type(status) == "boolean" then status = status and 0 or 1 end

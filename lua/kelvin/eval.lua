@@ -204,7 +204,7 @@ local function make_row(run, e, i, arm)
     dp = { mean = s.mean_dp, mean_se = s.mean_dp_se, max = s.max_dp, min = s.min_dp, p999 = percentile(dp, .999), p99 = percentile(dp, .99), p95 = percentile(dp, .95),
       p90 = percentile(dp, .9), p75 = percentile(dp, .75), median = percentile(dp, .5), p25 = percentile(dp, .25), p10 = percentile(dp, .1), p05 = percentile(dp, .05),
       p01 = percentile(dp, .01), p001 = percentile(dp, .001) },
-    compressed_pair_fraction = fraction, controls = {}, path = arm.path,
+    compressed_pair_fraction = fraction, controls = {}, path = arm.path, device = model.device or "cpu", device_name = model.device_name, device_weights = model.device_weights,
     status = fraction < VACUOUS and "VACUOUS" or "ok", ranked = fraction >= VACUOUS and not arm.plan.control,
     ppl_inverted = s.ppl < s.ppl_ref or nil,
   }
@@ -246,7 +246,7 @@ doc("kv.eval", [[
   mode: "visibility" (one pass, each query sees what decoding would have) or "stream" (token by token).
   arms: texts, tables for kv.policy.uniform, policies, plans; or a table of these by name.
   A row: arm k v model context n_scored bits_nominal bits_payload bits_allin bits_shared kld.{mean,se,ci_lo,ci_hi,median,p90,p95,p99,p999,max}
-  same_top1 ppl ppl_ref ppl_ratio cor rms_dp depth compressed_pair_fraction controls.{identity,canary,mutation} path status.
+  same_top1 ppl ppl_ref ppl_ratio cor rms_dp depth compressed_pair_fraction controls.{identity,canary,mutation} path device device_name status.
   bits_allin: everything that a sequence holds, per scalar that an exact cache would hold; bits_shared: means and calibrated tables, which all sequences of a model share,
   as they would weigh on one sequence of this context.  KLD in nats; ci by block bootstrap over chunks.  status: ok, VACUOUS (under half of the pairs were served compressed) or error.
   warnings: what to know before believing the row, such as a context beyond the model's training; absent when there is nothing.

@@ -252,7 +252,7 @@ local function part_of(points, shard)
 end
 
 --- `kelvin run FILE`: runs an experiment and returns the exit status: 0, 1 when a point failed, 130 after Ctrl-C.
--- opts: smoke, resume, list, set = {"key=value"}, out = folder, model, text, calib, device, shard = { i, n }.
+-- opts: smoke, resume, list, set = {"key=value"}, out = folder, model, text, calib, shard = { i, n }.
 function M.run_file(path, opts)
   opts = opts or {}
   local e = M.resolve(M.load(path), opts)
@@ -263,7 +263,6 @@ function M.run_file(path, opts)
     all = all or e:points(open())
     return list(opts.shard and part_of(all, opts.shard) or all)
   end
-  if opts.device and opts.device ~= "cpu" then fail("--device %s: experiments run on cpu", opts.device) end
 
   local lib, K = require "kelvin.lib", require "kelvin.ffi"
   local started = os.date "!%Y-%m-%dT%H:%M:%SZ"
@@ -280,6 +279,7 @@ function M.run_file(path, opts)
   for _, k in ipairs(settings) do config[k] = e[k] end
   config.model = model.name
   config.data, config.calib = text.name, text.calib_name
+  config.device, config.device_name = model.device, model.device_name
   config.name, config.measure, config.calibrate, config.smoke = e.name, json.array(e.measure), e.calibrate, opts.smoke or nil
   config.points = json.array {}
   for i, p in ipairs(all) do config.points[i] = p.name end
@@ -292,6 +292,7 @@ function M.run_file(path, opts)
   if opts.model and opts.model ~= "" then resume = resume .. " --model " .. manifest.quote(opts.model) end
   if opts.text and opts.text ~= "" then resume = resume .. " --text " .. manifest.quote(opts.text) end
   if opts.calib and opts.calib ~= "" then resume = resume .. " --calib " .. manifest.quote(opts.calib) end
+  if model.device then resume = resume .. " --device " .. manifest.quote(model.device) end
   if opts.shard then resume = (resume .. " --shard %d/%d"):format(opts.shard[1], opts.shard[2]) end
   if opts.out then resume = resume .. " --out " .. manifest.quote(opts.out) end
   local command = "kelvin run " .. path .. smoke .. resume
