@@ -444,20 +444,22 @@ static bool check_errors()
     CU(cudaGetLastError());
     const bool ran = a.get()[0] == 63;
     KV_LAUNCH(add_one, 0, 32, 0, 0, a.p, 1);
-    const bool empty = cudaGetLastError() == cudaErrorInvalidConfiguration;
+    const bool empty = cudaGetLastError() == cudaErrorInvalidValue;         // CUDA 13; it was cudaErrorInvalidConfiguration before
     KV_LAUNCH(add_one, 1, 1025, 0, 0, a.p, 1);
-    const bool wide = cudaGetLastError() == cudaErrorInvalidConfiguration;
+    const bool wide = cudaGetLastError() == cudaErrorInvalidValue;
     void *p = &a;
     const bool full = cudaMalloc(&p, (size_t)1 << 50) == cudaErrorMemoryAllocation && cudaGetLastError() == cudaErrorMemoryAllocation;
     cudaStream_t s;
     cudaGraph_t g = nullptr;
     CU(cudaStreamCreateWithFlags(&s, cudaStreamNonBlocking));
     CU(cudaStreamBeginCapture(s, cudaStreamCaptureModeThreadLocal));
-    const bool captured = cudaStreamSynchronize(s) == cudaErrorStreamCaptureUnsupported;
-    cudaStreamEndCapture(s, &g);
-    if (g) cudaGraphDestroy(g);
+    const bool captured = cudaStreamSynchronize(s) == cudaErrorStreamCaptureUnsupported && cudaStreamEndCapture(s, &g) == cudaErrorStreamCaptureInvalidated && !g;
     cudaGetLastError();
+    CU(cudaStreamBeginCapture(s, cudaStreamCaptureModeThreadLocal));    // the stream is usable again
+    CU(cudaStreamEndCapture(s, &g));
+    CU(cudaGraphDestroy(g));
     CU(cudaStreamDestroy(s));
+    if (!(refused && ran && empty && wide && full && captured)) printf("  refused %d, ran %d, empty %d, wide %d, full %d, captured %d\n", refused, ran, empty, wide, full, captured);
     return refused && ran && empty && wide && full && captured;
 }
 
@@ -487,6 +489,23 @@ static bool check_memory()
     const bool never = cudaFree(host) == cudaErrorInvalidValue;
     cudaGetLastError();
     return poison && direction && beyond && never;
+}
+__global__ void unwritten(float *out)
+{
+    KV_SHARED_DYNAMIC(memory);
+    __shared__ float x[64];
+    out[threadIdx.x] = x[threadIdx.x], out[64 + threadIdx.x] = ((float *)memory)[threadIdx.x];
+    __syncthreads();
+    x[threadIdx.x] = ((float *)memory)[threadIdx.x] = 0;
+}
+static bool check_unwritten()
+{
+    for (int i = 0; i < 2; i++) {
+        buffer<float> a(128);
+        KV_LAUNCH(unwritten, 1, 64, 64 * 4, 0, a.p);
+        for (float v : a.get()) if (v == v) return false;
+    }
+    return true;
 }
 __global__ void unwaited(const uint4 *in, uint4 *out)
 {
@@ -551,6 +570,7 @@ int main()
 #ifdef KV_EMULATE
     claim(check_lazy(), "nothing runs before somebody waits");
     claim(check_memory(), "fresh memory is poison; copies know sides and sizes");
+    claim(check_unwritten(), "shared memory begins as poison, static and dynamic");
     claim(check_unwaited(), "an asynchronous copy that was not waited for is poison");
     claim(dies(half_sync, "of mask 0x0000ffff is called by lane"), "a lane outside its mask ends the process");
     claim(dies(half_warp, "no thread can go on"), "two collectives in one warp end the process");

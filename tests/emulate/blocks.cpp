@@ -3,6 +3,7 @@
 // A fiber starts when it is first chosen and keeps its stack until its thread returns; a thread that never waits runs through on
 // the stack that the one before it left.  `next` chooses who goes on: a ready lane of the same warp, else of another warp.
 #include "blocks.h"
+#include <link.h>
 #include <pthread.h>
 #include <sched.h>
 #include <stdarg.h>
@@ -35,6 +36,7 @@ asm(".text\n.hidden kv_switch_stack\n.globl kv_switch_stack\n.type kv_switch_sta
 namespace kv_emulate {
 
 __thread thread *self;
+__thread int last_error;
 
 namespace {
 
@@ -69,8 +71,10 @@ struct machine {                // an OS thread that runs blocks
     uint64_t random;
     char  *dynamic;
     size_t dynamic_size;
+    char  *statics;             // __shared__ variables of this module, this OS thread's: its uninitialized thread-local memory
+    size_t statics_size;
 };
-thread_local machine *m;
+__thread machine *m;
 
 struct grid_run {
     const char *name;
@@ -308,9 +312,40 @@ void run_block(size_t index)
     go(nullptr, next(order() == REVERSE ? m->n_warps - 1 : 0), false);
 }
 
+// Static shared memory begins as poison: the module's thread-local zeros hold nothing else but three variables of the emulator.
+int find_statics(dl_phdr_info *module, size_t, void *)
+{
+    if (!module->dlpi_tls_data) return 0;
+    for (int i = 0; i < module->dlpi_phnum; i++) {
+        const ElfW(Phdr) &h = module->dlpi_phdr[i];
+        char *start = (char *)module->dlpi_tls_data;
+        if (h.p_type != PT_TLS || (char *)&self < start || (char *)&self >= start + h.p_memsz) continue;
+        m->statics = start + h.p_filesz;
+        m->statics_size = h.p_memsz - h.p_filesz;
+        return 1;
+    }
+    return 0;
+}
+void poison_statics()
+{
+    machine *const keep_m = m;
+    thread *const keep_self = self;
+    const int keep_error = last_error;
+    memset(keep_m->statics, 0xFF, keep_m->statics_size);
+    asm volatile("" : : "r"(&m), "r"(&self), "r"(&last_error) : "memory");     // g++ does not know that these lay there
+    m = keep_m;
+    self = keep_self;
+    last_error = keep_error;
+}
+
 void run_blocks()
 {
-    if (!m) m = new machine();
+    if (!m) {
+        m = new machine();
+        dl_iterate_phdr(find_statics, nullptr);
+        if (!m->statics_size) fail("the threads' own memory of this module is not found");
+    }
+    poison_statics();
     const size_t room = grid->shared ? grid->shared : 1;
     if (posix_memalign((void **)&m->dynamic, 128, room) != 0) fail("no memory for %zu bytes of shared memory", room);
     for (size_t i; (i = grid->next++) < grid->n_blocks;) run_block(order() == REVERSE ? grid->n_blocks - 1 - i : i);

@@ -13,7 +13,10 @@
 
 using operation = std::function<void()>;
 
-struct kv_emulated_graph { std::vector<operation> operations; };
+struct kv_emulated_graph {
+    std::vector<operation> operations;
+    bool invalid = false;
+};
 struct kv_emulated_stream {
     kv_emulated_graph *capture = nullptr;
     bool origin = false;                // capture began here
@@ -49,7 +52,7 @@ struct state {
 state &st() { static state *s = new state(); return *s; }       // never destroyed: threads may still be here at exit
 using guard = std::lock_guard<std::recursive_mutex>;
 
-thread_local cudaError_t last_error = cudaSuccess;
+using kv_emulate::last_error;
 cudaError_t say(cudaError_t e)
 {
     if (e != cudaSuccess) last_error = e;
@@ -71,6 +74,7 @@ cudaError_t enqueue(cudaStream_t stream, operation op)
     state &s = st();
     if (stream && !s.streams.count(stream)) return say(cudaErrorInvalidResourceHandle);
     if (stream && stream->capture) {
+        if (stream->capture->invalid) return say(cudaErrorStreamCaptureInvalidated);
         stream->capture->operations.push_back(std::move(op));
         return cudaSuccess;
     }
@@ -80,10 +84,17 @@ cudaError_t enqueue(cudaStream_t stream, operation op)
     return cudaSuccess;
 }
 
-// What waits, or changes memory under everybody, has no place in a capture.
+// What waits, or changes memory under everybody, has no place in a capture and spoils it.
+cudaError_t not_captured()
+{
+    if (!st().strict_captures) return cudaSuccess;
+    for (auto &x : st().streams) if (x.first->capture) x.first->capture->invalid = true;
+    return say(cudaErrorStreamCaptureUnsupported);
+}
 cudaError_t wait_all()
 {
-    if (st().strict_captures) return say(cudaErrorStreamCaptureUnsupported);
+    const cudaError_t e = not_captured();
+    if (e != cudaSuccess) return e;
     drain();
     return cudaSuccess;
 }
@@ -169,8 +180,8 @@ const struct { cudaError_t e; const char *name, *text; } errors[] = {
 
 }  // namespace
 
-cudaError_t cudaGetLastError() { const cudaError_t e = last_error; last_error = cudaSuccess; return e; }
-cudaError_t cudaPeekAtLastError() { return last_error; }
+cudaError_t cudaGetLastError() { const cudaError_t e = (cudaError_t)last_error; last_error = cudaSuccess; return e; }
+cudaError_t cudaPeekAtLastError() { return (cudaError_t)last_error; }
 const char *cudaGetErrorName(cudaError_t e)
 {
     for (auto &x : errors) if (x.e == e) return x.name;
@@ -229,12 +240,14 @@ cudaError_t cudaMemGetInfo(size_t *free_bytes, size_t *total)
 cudaError_t kv_malloc(void **p, size_t n)
 {
     guard g(st().lock);
-    return st().strict_captures ? say(cudaErrorStreamCaptureUnsupported) : allocate(p, n, DEVICE);
+    const cudaError_t e = not_captured();
+    return e != cudaSuccess ? e : allocate(p, n, DEVICE);
 }
 cudaError_t kv_malloc_host(void **p, size_t n)
 {
     guard g(st().lock);
-    return st().strict_captures ? say(cudaErrorStreamCaptureUnsupported) : allocate(p, n, PINNED);
+    const cudaError_t e = not_captured();
+    return e != cudaSuccess ? e : allocate(p, n, PINNED);
 }
 cudaError_t kv_malloc_async(void **p, size_t n, cudaStream_t s)
 {
@@ -405,6 +418,11 @@ cudaError_t cudaStreamEndCapture(cudaStream_t s, cudaGraph_t *out)
     for (auto &x : st().streams) if (x.first->capture == *out) x.first->capture = nullptr;
     s->origin = false;
     if (--st().captures == 0) st().strict_captures = 0;
+    if ((*out)->invalid) {
+        delete *out;
+        *out = nullptr;
+        return say(cudaErrorStreamCaptureInvalidated);
+    }
     return cudaSuccess;
 }
 cudaError_t cudaStreamIsCapturing(cudaStream_t s, cudaStreamCaptureStatus *status)
@@ -433,9 +451,9 @@ cudaError_t enqueue_kernel(const char *name, const void *kernel, dim3 grid, dim3
 {
     guard g(st().lock);
     if (!kernel) return say(cudaErrorInvalidDeviceFunction);
-    if (!grid.x || !grid.y || !grid.z || grid.x > 0x7FFFFFFFu || grid.y > 65535 || grid.z > 65535) return say(cudaErrorInvalidConfiguration);
     const unsigned long long threads = (unsigned long long)block.x * block.y * block.z;
-    if (!threads || block.x > 1024 || block.y > 1024 || block.z > 64 || threads > 1024) return say(cudaErrorInvalidConfiguration);
+    if (!grid.x || !grid.y || !grid.z || grid.x > 0x7FFFFFFFu || grid.y > 65535 || grid.z > 65535 || !threads || block.x > 1024 || block.y > 1024 || block.z > 64 || threads > 1024)
+        return say(cudaErrorInvalidValue);              // as CUDA 13.0 on driver 580 says
     const auto it = st().shared_limit.find(kernel);
     if (shared > (it == st().shared_limit.end() ? SHARED : (size_t)it->second)) return say(cudaErrorInvalidValue);
     return enqueue(stream, [=] { run_grid(name, grid, block, shared, one_thread); });
