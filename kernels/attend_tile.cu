@@ -43,51 +43,75 @@ template <int RI, int NJ> struct tile_shape {
     static constexpr size_t bytes(bool few) { return sizeof(float) * (floats + (few ? (size_t)lenders * CODEC_SCRATCH : 0)); }
 };
 
+// Four values of an exact row from dim i on.
 __device__ __forceinline__ float4 exact4(const dev_layer &a, const exact_row &r, int i)
 {
-    float x[4];
+    if (a.head_dim % 4) {
+        float x[4];
 #pragma unroll
-    for (int j = 0; j < 4; j++) x[j] = i + j < a.head_dim ? exact_value(r, a.dtype, i + j) : 0.0f;
-    return make_float4(x[0], x[1], x[2], x[3]);
+        for (int j = 0; j < 4; j++) x[j] = i + j < a.head_dim ? exact_value(r, a.dtype, i + j) : 0.0f;
+        return make_float4(x[0], x[1], x[2], x[3]);
+    }
+    if (r.fresh) {
+        const float4 x = *(const float4 *)(r.fresh + i);
+        return make_float4(round_to(a.dtype, x.x), round_to(a.dtype, x.y), round_to(a.dtype, x.z), round_to(a.dtype, x.w));
+    }
+    if (a.dtype == 0) return *(const float4 *)((const float *)r.held + i);
+    const uint2 x = *(const uint2 *)((const uint16_t *)r.held + i);
+    if (a.dtype == 2) return make_float4(__uint_as_float(x.x << 16), __uint_as_float(x.x & 0xffff0000u), __uint_as_float(x.y << 16), __uint_as_float(x.y & 0xffff0000u));
+    const float2 u = __half22float2(*(const __half2 *)&x.x), v = __half22float2(*(const __half2 *)&x.y);
+    return make_float4(u.x, u.y, v.x, v.y);
 }
 
-struct tile_of_keys { int j0, j1, lo, from, to; bool decoded; };      // rows of [from, to) within [j0, j1) are loaded, the others zero
+struct tile_of_keys { int j0, from, to; bool decoded; };              // rows of [from, to) are loaded, the tile's others zero
 
 // Rows of a tile of keys in one version to shared memory.
 template <int RI, int NJ, bool FEW>
 __device__ __forceinline__ void load_tile(const attend_job &job, const dev_slot &s, int side, int seq, int head, int length, const tile_of_keys &t, float *x, float *lent)
 {
     using shape = tile_shape<RI, NJ>;
+    constexpr int AT_ONCE = 8;                                          // loads in flight before the first store
     const dev_layer &a = job.a;
-    const float *fresh = side ? job.v : job.k;
+    const float *fresh = side ? job.v : job.k, *rows = FEW ? nullptr : job.rows + (((size_t)seq * a.n_kv_heads + head) * 2 + side) * job.slab * job.ld;
+    const int decoded0 = FEW && t.decoded ? max(t.from, a.sink) : t.to;   // rows of [decoded0, to) are decoded here
     if (FEW) {
         const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-        if (warp >= shape::lenders) return;
-        for (int r = warp; r < shape::KEYS; r += shape::lenders) {
-            const int p = t.j0 + r;
-            float *row = x + r * shape::LD;
-            if (p < t.from || p >= t.to) {
-                for (int i = lane; i < shape::D; i += 32) row[i] = 0;
-            } else if (t.decoded && p >= a.sink) {
-                decode_slot_row(a, s, seq, p - a.sink, row, lent + warp * CODEC_SCRATCH, lane, codec_decode);
-            } else {
-                const exact_row e = find_exact(a, s, seq, head, p, length, job.n, fresh);
-                for (int i = lane; i < a.head_dim; i += 32) row[i] = exact_value(e, a.dtype, i);
-            }
-            __syncwarp();
-        }
-        return;
+        if (warp < shape::lenders)
+            for (int p = t.j0 + warp; p < t.to; p += shape::lenders)
+                if (p >= decoded0) decode_slot_row(a, s, seq, p - a.sink, x + (p - t.j0) * shape::LD, lent + warp * CODEC_SCRATCH, lane, codec_decode);
+        if (decoded0 <= t.j0 && t.to >= t.j0 + shape::KEYS) return;
     }
-    const float *rows = job.rows + (((size_t)seq * a.n_kv_heads + head) * 2 + side) * job.slab * job.ld;
-    for (int x4 = threadIdx.x; x4 < shape::KEYS * job.d4; x4 += THREADS) {
-        const int r = x4 / job.d4, i = x4 % job.d4 * 4, p = t.j0 + r;
-        float4 y = make_float4(0, 0, 0, 0);
-        if (p >= t.from && p < t.to) {
-            if (t.decoded && p >= a.sink) y = *(const float4 *)(rows + (size_t)(p - job.p0) * job.ld + i);
-            else y = exact4(a, find_exact(a, s, seq, head, p, length, job.n, fresh), i);
+    for (int base = 0; base < shape::KEYS * job.d4; base += AT_ONCE * THREADS) {
+        float4 y[AT_ONCE];
+#pragma unroll
+        for (int k = 0; k < AT_ONCE; k++) {
+            const int x4 = base + k * THREADS + threadIdx.x, r = x4 / job.d4, i = (x4 - r * job.d4) * 4, p = t.j0 + r;
+            y[k] = make_float4(0, 0, 0, 0);
+            if (r >= shape::KEYS || p < t.from || p >= t.to || (FEW && p >= decoded0)) continue;
+            if (!FEW && t.decoded && p >= a.sink) y[k] = *(const float4 *)(rows + (size_t)(p - job.p0) * job.ld + i);
+            else y[k] = exact4(a, find_exact(a, s, seq, head, p, length, job.n, fresh), i);
         }
-        *(float4 *)(x + r * shape::LD + i) = y;
+#pragma unroll
+        for (int k = 0; k < AT_ONCE; k++) {
+            const int x4 = base + k * THREADS + threadIdx.x, r = x4 / job.d4, i = (x4 - r * job.d4) * 4;
+            if (r < shape::KEYS && !(FEW && t.j0 + r >= decoded0 && t.j0 + r < t.to)) *(float4 *)(x + r * shape::LD + i) = y[k];
+        }
     }
+}
+
+// Asks for the pages of a tile's positions [j0, j1), so that they are near when they are decoded.
+__device__ __forceinline__ void ask_for(const dev_layer &a, const dev_slot &s, int seq, int j0, int j1)
+{
+#ifndef KV_EMULATE
+    if (j0 >= j1) return;
+    const uint8_t *page = s.page + seq * s.page_stride;
+    const size_t from = (size_t)((j0 - a.sink) / a.page_tokens) * s.codec.page_bytes, to = (size_t)((j1 - 1 - a.sink) / a.page_tokens + 1) * s.codec.page_bytes;
+    for (size_t i = from + threadIdx.x * 128; i < to; i += THREADS * 128) {
+        unsigned unused;
+        asm volatile("ld.global.ca.u32 %0, [%1];" : "=r"(unused) : "l"(page + i));
+        (void)unused;
+    }
+#endif
 }
 
 __device__ __forceinline__ float max_of_half(float x)
@@ -101,7 +125,7 @@ __device__ __forceinline__ float sum_of_half(float x)
     return x;
 }
 
-template <int RI, int NJ, bool FEW> __global__ void __launch_bounds__(THREADS, NJ <= 2 && !FEW ? 2 : 1) attend_kernel(const attend_job job)
+template <int RI, int NJ, bool FEW> __global__ void __launch_bounds__(THREADS, NJ <= 2 ? 2 : 1) attend_kernel(const attend_job job)
 {
     using shape = tile_shape<RI, NJ>;
     constexpr int KJ = shape::KJ, KEYS = shape::KEYS, ROWS = shape::ROWS, LD = shape::LD, LP = shape::LP;
@@ -177,6 +201,8 @@ template <int RI, int NJ, bool FEW> __global__ void __launch_bounds__(THREADS, N
 
     for (int t = t0; t < t1; t++) {
         const int j0 = t * KEYS, j1 = min(j0 + KEYS, i1 + 1);
+        if (FEW && t == t0) ask_for(a, sk, seq, max(max(j0, lo), a.sink), min(j1, bound[0][1]));
+        if (FEW) ask_for(a, sv, seq, max(max(j0, lo), a.sink), min(j1, bound[1][1]));
         float s[RI][KJ];
 #pragma unroll
         for (int i = 0; i < RI; i++)
@@ -186,7 +212,7 @@ template <int RI, int NJ, bool FEW> __global__ void __launch_bounds__(THREADS, N
 #pragma unroll 1
         for (int early = 0; early < 2; early++) {
             if (early ? alike[0] || bound[0][0] >= j1 : j0 >= bound[0][1]) continue;
-            const tile_of_keys keys = { j0, j1, lo, early ? max(lo, bound[0][0]) : lo, early ? j1 : min(j1, bound[0][1]), !early };
+            const tile_of_keys keys = { j0, max(j0, early ? max(lo, bound[0][0]) : lo), early ? j1 : min(j1, bound[0][1]), !early };
             __syncthreads();
             load_tile<RI, NJ, FEW>(job, sk, 0, seq, head, length, keys, x, lent);
             __syncthreads();
@@ -240,10 +266,11 @@ template <int RI, int NJ, bool FEW> __global__ void __launch_bounds__(THREADS, N
                 for (int e = 0; e < 4; e++) acc[i][j][e] *= keep;
         }
         // Values.
+        if (FEW && t + 1 < t1) ask_for(a, sk, seq, max(j0 + KEYS, a.sink), min(min(j0 + 2 * KEYS, i1 + 1), bound[0][1]));
 #pragma unroll 1
         for (int early = 0; early < 2; early++) {
             if (early ? alike[1] || bound[1][0] >= j1 : j0 >= bound[1][1]) continue;
-            const tile_of_keys keys = { j0, j1, lo, early ? max(lo, bound[1][0]) : lo, early ? j1 : min(j1, bound[1][1]), !early };
+            const tile_of_keys keys = { j0, max(j0, early ? max(lo, bound[1][0]) : lo), early ? j1 : min(j1, bound[1][1]), !early };
 #pragma unroll
             for (int i = 0; i < RI; i++)
 #pragma unroll
