@@ -86,6 +86,10 @@ static inline int kv_codec_fused(const kv_codec *c) { return c->ops->dot != NULL
 struct kv_backend_codec;
 int  kv_codec_device(const kv_codec *c, struct kv_backend_codec *out);
 void kv_codec_device_free(struct kv_backend_codec *d);
+/* Bytes that grow, for a `device` operation: add() puts a copy at a multiple of 16 and says where.  done() hands them over, or frees them on a failure. */
+typedef struct kv_pod { uint8_t *data; size_t bytes, room; } kv_pod;
+int  kv_pod_add(kv_pod *p, const void *src, size_t bytes, uint32_t *at);
+int  kv_pod_done(kv_pod *p, int status, void **out, size_t *bytes);
 
 /* The generic forms, by decoding a tile: what the fused ones are checked against (codec.c).
  * scratch: page_tokens * head_dim floats. */

@@ -3,6 +3,32 @@
 #include "codec.h"
 #include "device.h"
 
+int kv_pod_add(kv_pod *p, const void *src, size_t bytes, uint32_t *at)
+{
+    const size_t start = kv_round_up(p->bytes, 16), end = start + bytes;
+    RETURN_ERROR_IF(bytes > 1u << 30 || end > 1u << 30, KV_E_UNSUPPORTED, "codec: a device form of %zu bytes is more than %u", end, 1u << 30);
+    if (end > p->room) {
+        const size_t room = end > 2 * p->room ? end : 2 * p->room;
+        uint8_t *data = kv_zalloc(room);
+        if (!data) return KV_E_NOMEM;
+        if (p->bytes) memcpy(data, p->data, p->bytes);
+        kv_free(p->data);
+        p->data = data;
+        p->room = room;
+    }
+    memcpy(p->data + start, src, bytes);
+    p->bytes = end;
+    *at = (uint32_t)start;
+    return KV_OK;
+}
+
+int kv_pod_done(kv_pod *p, int status, void **out, size_t *bytes)
+{
+    if (status < 0) kv_free(p->data);
+    else *out = p->data, *bytes = p->bytes;
+    return status;
+}
+
 int kv_codec_device(const kv_codec *c, kv_backend_codec *out)
 {
     void *pod = NULL;

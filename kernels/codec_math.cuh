@@ -80,7 +80,7 @@ template <class F> __device__ __forceinline__ float max_of(int n, int lane, F f)
 __device__ __forceinline__ void fwht(float *x, int n, int lane)
 {
     for (int at = 0; at < n;) {
-        const int size = 1 << (31 - __clz(n - at));
+        const int log_size = 31 - __clz(n - at), size = 1 << log_size;
         float *b = x + at;
         for (int h = 1; h < size; h *= 2) {
             for KV_ROW(k, size / 2) {
@@ -91,7 +91,7 @@ __device__ __forceinline__ void fwht(float *x, int n, int lane)
             }
             __syncwarp();
         }
-        const float scale = (float)(1.0 / sqrt((double)size));
+        const float scale = ldexpf(log_size & 1 ? 0.70710678118654752f : 1.0f, -(log_size / 2));      // 1 / sqrt(size), rounded once
         for KV_ROW(i, size) b[i] *= scale;
         at += size;
     }

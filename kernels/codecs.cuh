@@ -2,8 +2,9 @@
 #pragma once
 #include <cstring>
 #include "codecs/raw.cuh"
+#include "codecs/scalar.cuh"
 
-#define KV_DEVICE_CODECS(X) X(raw)
+#define KV_DEVICE_CODECS(X) X(raw) X(scalar)
 
 namespace kelvin {
 

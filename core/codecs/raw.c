@@ -96,12 +96,10 @@ static int raw_fit_bits(kv_codec *c, double target)
 
 static int raw_on_device(const kv_codec *c, void **pod, size_t *bytes)
 {
-    struct raw_device *d = kv_zalloc(sizeof *d);
-    if (!d) return KV_E_NOMEM;
-    d->dtype = raw_type(c);
-    *pod = d;
-    *bytes = sizeof *d;
-    return KV_OK;
+    const struct raw_device d = { raw_type(c) };
+    kv_pod p = { 0 };
+    uint32_t at;
+    return kv_pod_done(&p, kv_pod_add(&p, &d, sizeof d, &at), pod, bytes);
 }
 
 const kv_codec_ops kv_codec_raw = {

@@ -331,4 +331,5 @@ const kv_codec_ops kv_codec_scalar = {
     .state_size = sizeof(scalar_state),
     .calibrate = scalar_calibrate, .init = scalar_init, .fini = scalar_fini, .encode = scalar_encode, .decode = scalar_decode,
     .query = scalar_query_rows, .dot = scalar_dot, .accumulate = scalar_accumulate, .output = scalar_output,
+    .device = scalar_on_device,
 };

@@ -120,4 +120,10 @@ void scalar_parts_query(const kv_codec *c, const float *q, int64_t ld, int n_q, 
 void scalar_parts_dot(const kv_codec *c, const uint8_t *page, int n_tokens, const void *prepared, int n_q, float *scores, int64_t ld);
 void scalar_parts_accumulate(const kv_codec *c, const uint8_t *page, int n_tokens, const float *p, int64_t ld, int n_q, float *acc);
 void scalar_parts_output(const kv_codec *c, const float *acc, int n_q, float *out, int64_t ld);
+
+/* ---- on a device (scalar_device.c) */
+struct scalar_device;
+int  scalar_on_device(const kv_codec *c, void **pod, size_t *bytes);
+int  scalar_part_device(const kv_codec *c, kv_pod *pod, uint32_t *at);
+int  scalar_parts_device(const kv_codec *c, kv_pod *pod, struct scalar_device *h);
 #endif

@@ -21,6 +21,7 @@
  * A sketch is a part like any other, with 1 bit and centroids +-a: its products run in the kernels of codes, on S R q. */
 #include <math.h>
 #include "scalar.h"
+#include "scalar_device.h"
 
 typedef struct scalar_part { kv_codec codec; scalar_state state; size_t query_at; int acc_at; } scalar_part;
 /* Some channels, or all.  code or sketch is NULL where there is none. */
@@ -127,6 +128,25 @@ void scalar_parts_fini(scalar_parts *p)
     for (int i = 0; i < 2; i++)
         for (int k = 0; k < 2; k++) scalar_drop(&p->group[i].part[k].state);
     kv_free(p);
+}
+
+int scalar_parts_device(const kv_codec *c, kv_pod *pod, struct scalar_device *h)
+{
+    const scalar_parts *p = parts_of(c);
+    uint16_t order[KV_MAX_HEAD_DIM];
+    h->n_groups = p->n_groups;
+    h->gain = p->gain;
+    h->by_page = p->by_page;
+    h->mask = (uint32_t)p->mask;
+    for (int i = 0; i < p->n_groups; i++) {
+        const scalar_group *g = &p->group[i];
+        h->group[i].dim = g->dim;
+        if (g->code) FORWARD_IF_ERROR(scalar_part_device(&g->code->codec, pod, &h->group[i].at_code));
+        if (g->sketch) FORWARD_IF_ERROR(scalar_part_device(&g->sketch->codec, pod, &h->group[i].at_sketch));
+    }
+    if (p->n_groups == 1 || p->by_page) return KV_OK;
+    for (int i = 0; i < c->head_dim; i++) order[i] = (uint16_t)p->order[i];
+    return kv_pod_add(pod, order, sizeof *order * (size_t)c->head_dim, &h->at_order);
 }
 
 /* ---- one row of a group */
