@@ -43,11 +43,25 @@ int kv_codec_device(const kv_codec *c, kv_backend_codec *out)
 
 void kv_codec_device_free(kv_backend_codec *d) { kv_free((void *)d->pod); }
 
-/* The device and what it needs of the codec. */
-static int open_codec(const char *device, const kv_codec *c, const kv_backend **b, int *number, kv_backend_codec *out)
+/* The CPU's own operations, a page at a time. */
+static void encode_here(const kv_codec *c, const float *rows, int n, uint8_t *pages)
 {
-    FORWARD_IF_ERROR(kv_device_open(device, b, number));
-    RETURN_ERROR_IF(!(*b)->codec_known || !(*b)->codec_known(c->ops->name), KV_E_UNSUPPORTED, "codec '%s' is not one that device '%s' knows", c->ops->name, device);
+    for (int t = 0; t < n; t += c->page_tokens, pages += c->page_bytes)
+        c->ops->encode(c, pages, 0, kv_min(n - t, c->page_tokens), rows + (size_t)t * (size_t)c->head_dim, c->head_dim);
+}
+static void decode_here(const kv_codec *c, const uint8_t *pages, int tok0, int n, float *rows)
+{
+    for (int t = tok0, m; t < tok0 + n; t += m, rows += (size_t)m * (size_t)c->head_dim) {
+        const int first = t % c->page_tokens;
+        m = kv_min(c->page_tokens - first, tok0 + n - t);
+        c->ops->decode(c, pages + (size_t)(t / c->page_tokens) * c->page_bytes, first, m, rows, c->head_dim);
+    }
+}
+
+/* The form of a codec that device `b` knows. */
+static int with_form(const kv_backend *b, const char *device, const kv_codec *c, kv_backend_codec *out)
+{
+    RETURN_ERROR_IF(!b->codec_known || !b->codec_known(c->ops->name), KV_E_UNSUPPORTED, "codec '%s' is not one that device '%s' knows", c->ops->name, device);
     return kv_codec_device(c, out);
 }
 
@@ -59,7 +73,12 @@ int kv_codec_encode_on(const char *device, const kv_codec *c, const float *rows,
     kv_backend_codec d;
     int number;
     char err[256] = "";
-    FORWARD_IF_ERROR(open_codec(device, c, &b, &number, &d));
+    FORWARD_IF_ERROR(kv_device_open(device, &b, &number));
+    if (b == &kv_backend_cpu) {
+        encode_here(c, rows, n, pages);
+        return KV_OK;
+    }
+    FORWARD_IF_ERROR(with_form(b, device, c, &d));
     const int status = b->codec_encode(number, &d, rows, n, pages, err, sizeof err);
     kv_codec_device_free(&d);
     return status < 0 ? kv_set_error(status, "%s: %s", b->name, err) : KV_OK;
@@ -73,7 +92,12 @@ int kv_codec_decode_on(const char *device, const kv_codec *c, const uint8_t *pag
     kv_backend_codec d;
     int number;
     char err[256] = "";
-    FORWARD_IF_ERROR(open_codec(device, c, &b, &number, &d));
+    FORWARD_IF_ERROR(kv_device_open(device, &b, &number));
+    if (b == &kv_backend_cpu) {
+        decode_here(c, pages, tok0, n, rows);
+        return KV_OK;
+    }
+    FORWARD_IF_ERROR(with_form(b, device, c, &d));
     const int status = b->codec_decode(number, &d, pages, tok0, n, rows, err, sizeof err);
     kv_codec_device_free(&d);
     return status < 0 ? kv_set_error(status, "%s: %s", b->name, err) : KV_OK;

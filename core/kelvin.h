@@ -167,8 +167,8 @@ int  kv_block_dot(const kv_block *b, const kv_tensor *q, int fused, kv_tensor *s
 int  kv_block_accumulate(const kv_block *b, const kv_tensor *p, int fused, kv_tensor *out);
 void kv_block_free(kv_block *b);
 
-/* n rows of head_dim floats, whole granules, into pages on a device ("cuda", "cuda:1"): the bytes that encode makes on the CPU.  pages: whole pages, where
- * slots of other tokens keep theirs.  And back: rows of tokens tok0 .. tok0+n. */
+/* n rows of head_dim floats, whole granules, into pages on a device ("cpu", "cuda", "cuda:1"): the same bytes on each.  pages: whole pages, where slots
+ * of other tokens keep theirs.  And back: rows of tokens tok0 .. tok0+n. */
 int  kv_codec_encode_on(const char *device, const kv_codec *c, const float *rows, int n, uint8_t *pages);
 int  kv_codec_decode_on(const char *device, const kv_codec *c, const uint8_t *pages, int tok0, int n, float *rows);
 

@@ -72,9 +72,9 @@ struct scalar_codec {
         for (int k = 0; k < p.n_planes; k++) {
             const scalar_device_plane &q = p.plane[k];
             const int in = tok & ((1 << q.log_chunk) - 1), slot = in / 4, up = in % 4 * 8, top = slot - 6;
-            for KV_ROW(i, p.dim) {
+            for KV_ROW(i, 16 * p.n_tiles) {
                 uint32_t *w = word_of(q, page, i, tok >> q.log_chunk);
-                const uint32_t v = (uint32_t)code[i] >> 4 * k & ((1u << q.bits) - 1);
+                const uint32_t v = i < p.dim ? (uint32_t)code[i] >> 4 * k & ((1u << q.bits) - 1) : 0;
                 if (q.bits != 3) put_bits(w, v << (q.bits * slot + up), ((1u << q.bits) - 1) << (q.bits * slot + up));
                 else if (top < 0) put_bits(w + 16 * (slot / 2), v << (3 * (slot & 1) + up), 7u << (3 * (slot & 1) + up));
                 else {
