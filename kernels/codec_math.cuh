@@ -44,6 +44,13 @@ __device__ __forceinline__ void store16(uint8_t *p, uint16_t v)
     else *(uint16_t *)p = v;
 }
 
+__device__ __forceinline__ uint32_t load32(const uint8_t *p) { return (uintptr_t)p & 3 ? load16(p) | (uint32_t)load16(p + 2) << 16 : *(const uint32_t *)p; }
+__device__ __forceinline__ void store32(uint8_t *p, uint32_t v)
+{
+    if ((uintptr_t)p & 3) store16(p, (uint16_t)v), store16(p + 2, (uint16_t)(v >> 16));
+    else *(uint32_t *)p = v;
+}
+
 // Sets the bits of `mask` in an aligned word to those of `bits`.  Each bit has one warp that writes it, so only the word is contended,
 // and what it held before (a token since truncated) is turned by the difference.
 __device__ __forceinline__ void put_bits(uint32_t *word, uint32_t bits, uint32_t mask)

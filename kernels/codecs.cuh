@@ -1,10 +1,13 @@
 // codecs.cuh -- the codecs that kernels know, and which one a slot has.  A new codec: its file below, its name in the list.
 #pragma once
 #include <cstring>
+#include "codecs/fp.cuh"
+#include "codecs/int.cuh"
+#include "codecs/polar.cuh"
 #include "codecs/raw.cuh"
 #include "codecs/scalar.cuh"
 
-#define KV_DEVICE_CODECS(X) X(raw) X(scalar)
+#define KV_DEVICE_CODECS(X) X(raw) X(scalar) X(int) X(fp) X(polar)
 
 namespace kelvin {
 

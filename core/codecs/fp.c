@@ -28,6 +28,7 @@
 #include <math.h>
 #include "../calib.h"
 #include "../vecmath.h"
+#include "fp_device.h"
 #include "fp_rows.h"
 
 enum { P_GRID, P_BLOCK, P_GROUP, P_SCALE, P_VALUE };
@@ -303,10 +304,27 @@ static int fp_fit_bits(kv_codec *c, double target)
     return KV_OK;
 }
 
+static struct fp_device_grid grid_on_device(const grid *g)
+{
+    return (struct fp_device_grid){ g->largest, g->normal, g->rebias, g->magic, g->max, g->shift, g->exponent, g->bits };
+}
+
+static int fp_on_device(const kv_codec *c, void **out, size_t *bytes)
+{
+    const fp_state *s = state_of(c);
+    struct fp_device d = { .grid = grid_on_device(&s->grid), .e4m3 = grid_on_device(&grids[GRID_E4M3]), .kind = s->rows.kind, .block = s->block,
+        .by_token = s->scale == SCALE_TOKEN, .group = s->group, .n_groups = s->n_groups, .row_bytes = (uint32_t)s->rows.row_bytes,
+        .groups_at = (uint32_t)s->groups_at, .tokens_at = (uint32_t)s->tokens_at, .value = s->value };
+    kv_pod pod = { 0 };
+    uint32_t at;
+    memcpy(d.table, s->rows.table, sizeof d.table);
+    return kv_pod_done(&pod, kv_pod_add(&pod, &d, sizeof d, &at), out, bytes);
+}
+
 const kv_codec_ops kv_codec_fp = {
     .name = "fp", .about = "small floating-point numbers: FP8, and FP4 or FP8 with block scales (NVFP4, MXFP4, MXFP8)",
     .source = "OCP 8-bit Floating Point Specification 1.0; OCP Microscaling Formats (MX) 1.0; NVFP4: e2m1, groups of 16, e4m3 scales",
     .params = params, .n_params = 5, .format = 1, .caps = KV_CAP_KEYS | KV_CAP_VALUES | KV_CAP_CALIBRATABLE,
     .state_size = sizeof(fp_state), .calibrate = fp_calibrate, .init = fp_init, .encode = fp_encode, .decode = fp_decode,
-    .query = fp_query, .dot = fp_dot, .accumulate = fp_accumulate, .output = fp_output, .fit_bits = fp_fit_bits,
+    .query = fp_query, .dot = fp_dot, .accumulate = fp_accumulate, .output = fp_output, .device = fp_on_device, .fit_bits = fp_fit_bits,
 };

@@ -29,6 +29,7 @@
  * (2i, 2i+1) before grouping: the order in which llama.cpp holds the keys of Llama models. */
 #include <math.h>
 #include "../codec.h"
+#include "int_device.h"
 
 enum { P_BITS, P_GROUP, P_AXIS, P_MODE, P_ORDER };
 enum { AXIS_DIM, AXIS_TOKEN };
@@ -518,10 +519,23 @@ static void int_output(const kv_codec *c, const float *acc, int n_q, float *out,
     }
 }
 
+static int int_on_device(const kv_codec *c, void **out, size_t *bytes)
+{
+    const int_state *s = state_of(c);
+    size_t group_bytes = s->has_min ? 4 : 2;
+    for (int j = 0; j < s->group; j += BLOCK) group_bytes += codes_bytes(s->bits, kv_min(BLOCK, s->group - j));
+    const struct int_device d = { .bits = s->bits, .group = s->group, .mode = s->mode, .zero = s->zero, .cols = s->cols, .along_tokens = s->along_tokens,
+        .has_min = s->has_min, .interleaved = s->interleaved, .s8 = s->s8, .block_bytes = (uint32_t)s->block_bytes, .group_bytes = (uint32_t)group_bytes,
+        .row_bytes = (uint32_t)s->row_bytes, .granule_bytes = (uint32_t)s->granule_bytes };
+    kv_pod pod = { 0 };
+    uint32_t at;
+    return kv_pod_done(&pod, kv_pod_add(&pod, &d, sizeof d, &at), out, bytes);
+}
+
 const kv_codec_ops kv_codec_int = {
     .name = "int", .about = "group-wise uniform integers, along channels or along tokens",
     .source = "ggml block formats q8_0, q5_1, q5_0, q4_1, q4_0; KIVI, arXiv 2402.02750",
     .params = params, .n_params = 5, .format = 1, .caps = KV_CAP_KEYS | KV_CAP_VALUES, .state_size = sizeof(int_state),
     .init = int_init, .encode = int_encode, .decode = int_decode,
-    .query = int_query, .dot = int_dot, .accumulate = int_accumulate, .output = int_output,
+    .query = int_query, .dot = int_dot, .accumulate = int_accumulate, .output = int_output, .device = int_on_device,
 };
