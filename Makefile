@@ -135,7 +135,9 @@ EMULATED     := $(BUILD)/libkelvin_emulated.so
 EMULATE_SRC  := $(sort $(wildcard tests/emulate/*.cpp))
 EMULATE_OBJ  := $(EMULATE_SRC:%.cpp=$(BUILD)/%.o)
 EMULATED_OBJ := $(CUDA_SRC:%.cu=$(BUILD)/emulated/%.o)
-EMULATE_FLAGS = -std=c++17 $(CXXFLAGS.$(FLAVOUR)) -fPIC -fvisibility=hidden -ffp-contract=off -pthread -fno-strict-aliasing -DKV_EMULATE -Wall -Wno-unknown-pragmas -Wno-sign-compare -Wno-parentheses \
+# fmaf is an instruction where the processor has it, a call elsewhere; its bits are the same.
+EMULATE_FMA  := $(shell grep -qsw fma /proc/cpuinfo && echo -mfma)
+EMULATE_FLAGS = $(EMULATE_FMA) -std=c++17 $(CXXFLAGS.$(FLAVOUR)) -fPIC -fvisibility=hidden -ffp-contract=off -pthread -fno-strict-aliasing -DKV_EMULATE -Wall -Wno-unknown-pragmas -Wno-sign-compare -Wno-parentheses \
                 -Itests/emulate -Icore -Ikernels -Ikernels/include
 .PHONY: emulated
 emulated: $(EMULATED) $(GPU_CHECKS:%=$(BUILD)/emulated/%)

@@ -45,7 +45,9 @@ constexpr size_t STACK = (KV_ASAN ? 512 : 128) << 10, GUARD = 4096;
 
 struct copy { void *to; const void *from; int n; };
 
+struct machine;
 struct fiber : thread {
+    machine *m;
     int   id;
     void *sp;
     char *stack;                // null: not started
@@ -62,7 +64,8 @@ struct machine {                // an OS thread that runs blocks
     fiber fibers[MAX_THREADS];
     warp  warps[MAX_THREADS / 32];
     std::vector<char *> stacks;
-    fiber *now;
+    thread **self;              // where this OS thread keeps it: a look-up costs a call
+    int    order;
     void  *home;                // the stack that starts blocks
     void  *home_fake;
     const void *home_bottom;
@@ -70,11 +73,10 @@ struct machine {                // an OS thread that runs blocks
     int    n, n_warps, living, at_barrier, barrier_what, votes, verdict;
     uint64_t random;
     char  *dynamic;
-    size_t dynamic_size;
     char  *statics;             // __shared__ variables of this module, this OS thread's: its uninitialized thread-local memory
     size_t statics_size;
 };
-__thread machine *m;
+__thread machine *here;
 
 struct grid_run {
     const char *name;
@@ -86,28 +88,24 @@ struct grid_run {
 grid_run *grid;
 
 enum { FORWARD, REVERSE, RANDOM };
-int order()
+int order_of_environment()
 {
-    static const int o = [] {
-        const char *e = getenv("KV_EMULATE_ORDER");
-        if (!e || !strcmp(e, "forward")) return FORWARD;
-        if (!strcmp(e, "reverse")) return REVERSE;
-        if (!strcmp(e, "random")) return RANDOM;
-        fprintf(stderr, "emulate: KV_EMULATE_ORDER=%s is not forward, reverse or random\n", e);
-        abort();
-    }();
-    return o;
+    const char *e = getenv("KV_EMULATE_ORDER");
+    if (!e || !strcmp(e, "forward")) return FORWARD;
+    if (!strcmp(e, "reverse")) return REVERSE;
+    if (!strcmp(e, "random")) return RANDOM;
+    fail("KV_EMULATE_ORDER=%s is not forward, reverse or random", e);
 }
 
-uint32_t dice() { return (uint32_t)((m->random = m->random * 6364136223846793005u + 1442695040888963407u) >> 33); }
+uint32_t dice(machine *m) { return (uint32_t)((m->random = m->random * 6364136223846793005u + 1442695040888963407u) >> 33); }
 
-int chosen(uint32_t set)
+int chosen(machine *m, uint32_t set)
 {
-    switch (order()) {
+    switch (m->order) {
     case FORWARD: return __builtin_ctz(set);
     case REVERSE: return 31 - __builtin_clz(set);
     }
-    for (int skip = (int)(dice() % (unsigned)__builtin_popcount(set)); skip > 0; skip--) set &= set - 1;
+    for (int skip = (int)(dice(m) % (unsigned)__builtin_popcount(set)); skip > 0; skip--) set &= set - 1;
     return __builtin_ctz(set);
 }
 
@@ -125,7 +123,7 @@ const char *lanes(uint32_t set, char *out)
     return out;
 }
 
-[[noreturn]] void deadlock()
+[[noreturn]] void deadlock(const machine *m)
 {
     char set[128];
     fprintf(stderr, "emulate: %s: block (%u, %u, %u): no thread can go on\n", grid->name, self->block.x, self->block.y, self->block.z);
@@ -152,20 +150,20 @@ const char *lanes(uint32_t set, char *out)
 }
 
 // The next fiber that can go on, or null: all are done.
-fiber *next(int warp_now)
+fiber *next(machine *m, int warp_now)
 {
-    const int mode = order();
-    if (mode != RANDOM && m->warps[warp_now].ready) return &m->fibers[warp_now * 32 + chosen(m->warps[warp_now].ready)];
-    const int n = m->n_warps, start = mode == RANDOM ? (int)(dice() % (unsigned)n) : 0;
+    const int mode = m->order;
+    if (mode != RANDOM && m->warps[warp_now].ready) return &m->fibers[warp_now * 32 + chosen(m, m->warps[warp_now].ready)];
+    const int n = m->n_warps, start = mode == RANDOM ? (int)(dice(m) % (unsigned)n) : 0;
     for (int i = 0; i < n; i++) {
         const int w = mode == REVERSE ? n - 1 - i : (start + i) % n;
-        if (m->warps[w].ready) return &m->fibers[w * 32 + chosen(m->warps[w].ready)];
+        if (m->warps[w].ready) return &m->fibers[w * 32 + chosen(m, m->warps[w].ready)];
     }
-    if (m->living) deadlock();
+    if (m->living) deadlock(m);
     return nullptr;
 }
 
-char *take_stack()
+char *take_stack(machine *m)
 {
     if (!m->stacks.empty()) {
         char *s = m->stacks.back();
@@ -183,14 +181,13 @@ char *take_stack()
 void run_thread();
 
 // Leaves the running fiber (gone: for good; null: home) for another.
-void go(fiber *from, fiber *to, bool gone)
+void go(machine *m, fiber *from, fiber *to, bool gone)
 {
-    m->now = to;
-    self = to;
+    *m->self = to;
     void **save = from ? &from->sp : &m->home, *next_sp = to ? to->sp : m->home;
     if (to && !to->stack) {
         // Stacks' tops lie in different cache sets.
-        to->stack = take_stack();
+        to->stack = take_stack(m);
         char *top = to->stack + GUARD + STACK - (size_t)(to->id % 32) * 320;
         void **p = (void **)((uintptr_t)top & ~(uintptr_t)63);
         *--p = nullptr;                             // the return address of run_thread: none
@@ -213,6 +210,7 @@ void go(fiber *from, fiber *to, bool gone)
 // Completes the collective of `f` if every living lane of its mask is in it.
 void try_complete(fiber *f)
 {
+    machine *const m = f->m;
     warp &w = m->warps[f->id / 32];
     const uint32_t members = f->mask & w.living;
     if (members & ~w.arrived) return;
@@ -229,7 +227,7 @@ void try_complete(fiber *f)
     w.ready |= members;
 }
 
-void open_barrier()
+void open_barrier(machine *m)
 {
     m->verdict = m->barrier_what == AND ? m->votes == m->living : m->barrier_what == OR ? m->votes > 0 : m->votes;
     m->at_barrier = m->votes = 0;
@@ -252,13 +250,14 @@ void perform(fiber *f, int open_groups)
 // On a fresh stack: the thread that was chosen, then, on the same stack, every other that has not begun.
 void run_thread()
 {
+    machine *const m = here;
 #if KV_ASAN
     const bool first = !m->home_bottom;
     __sanitizer_finish_switch_fiber(nullptr, first ? &m->home_bottom : nullptr, first ? &m->home_size : nullptr);
 #endif
     for (;;) {
         (*grid->one_thread)();
-        fiber *f = m->now;
+        fiber *const f = (fiber *)*m->self;
         if (!f->copies.empty()) copy_commit(), perform(f, 0);
         warp &w = m->warps[f->id / 32];
         const uint32_t bit = 1u << f->lane;
@@ -269,19 +268,18 @@ void run_thread()
             const int i = __builtin_ctz(s);
             if (w.arrived >> i & 1) try_complete(&m->fibers[f->id / 32 * 32 + i]);
         }
-        if (m->living && m->at_barrier == m->living) open_barrier();
-        fiber *to = next(f->id / 32);
+        if (m->living && m->at_barrier == m->living) open_barrier(m);
+        fiber *const to = next(m, f->id / 32);
         if (!to || to->stack) {
             m->stacks.push_back(f->stack);                  // nobody takes it before this fiber has left it
-            go(f, to, true);
+            go(m, f, to, true);
         }
         to->stack = f->stack;
-        m->now = to;
-        self = to;
+        *m->self = to;
     }
 }
 
-void run_block(size_t index)
+void run_block(machine *m, size_t index)
 {
     const dim3 g = grid->grid, b = grid->block;
     m->n = (int)(b.x * b.y * b.z);
@@ -304,17 +302,19 @@ void run_block(size_t index)
         f.grid_dim = g;
         f.lane = i % 32;
         f.dynamic = m->dynamic;
+        f.m = m;
         f.id = i;
         f.stack = nullptr;
         f.waits = nullptr;
         f.copies.clear();
     }
-    go(nullptr, next(order() == REVERSE ? m->n_warps - 1 : 0), false);
+    go(m, nullptr, next(m, m->order == REVERSE ? m->n_warps - 1 : 0), false);
 }
 
 // Static shared memory begins as poison: the module's thread-local zeros hold nothing else but three variables of the emulator.
-int find_statics(dl_phdr_info *module, size_t, void *)
+int find_statics(dl_phdr_info *module, size_t, void *machine_)
 {
+    machine *const m = (machine *)machine_;
     if (!module->dlpi_tls_data) return 0;
     for (int i = 0; i < module->dlpi_phnum; i++) {
         const ElfW(Phdr) &h = module->dlpi_phdr[i];
@@ -328,27 +328,30 @@ int find_statics(dl_phdr_info *module, size_t, void *)
 }
 void poison_statics()
 {
-    machine *const keep_m = m;
+    machine *const m = here;
     thread *const keep_self = self;
     const int keep_error = last_error;
-    memset(keep_m->statics, 0xFF, keep_m->statics_size);
-    asm volatile("" : : "r"(&m), "r"(&self), "r"(&last_error) : "memory");     // g++ does not know that these lay there
-    m = keep_m;
+    memset(m->statics, 0xFF, m->statics_size);
+    asm volatile("" : : "r"(&here), "r"(&self), "r"(&last_error) : "memory");     // g++ does not know that these lay there
+    here = m;
     self = keep_self;
     last_error = keep_error;
 }
 
 void run_blocks()
 {
-    if (!m) {
-        m = new machine();
-        dl_iterate_phdr(find_statics, nullptr);
-        if (!m->statics_size) fail("the threads' own memory of this module is not found");
+    if (!here) {
+        here = new machine();
+        here->self = &self;
+        here->order = order_of_environment();
+        dl_iterate_phdr(find_statics, here);
+        if (!here->statics_size) fail("the threads' own memory of this module is not found");
     }
+    machine *const m = here;
     poison_statics();
     const size_t room = grid->shared ? grid->shared : 1;
     if (posix_memalign((void **)&m->dynamic, 128, room) != 0) fail("no memory for %zu bytes of shared memory", room);
-    for (size_t i; (i = grid->next++) < grid->n_blocks;) run_block(order() == REVERSE ? grid->n_blocks - 1 - i : i);
+    for (size_t i; (i = grid->next++) < grid->n_blocks;) run_block(m, m->order == REVERSE ? grid->n_blocks - 1 - i : i);
     free(m->dynamic);
 }
 
@@ -400,7 +403,8 @@ int processors()
 
 void in_warp(uint32_t mask, const collective *what, void *payload)
 {
-    fiber *f = m->now;
+    fiber *const f = (fiber *)self;
+    machine *const m = f->m;
     warp &w = m->warps[f->id / 32];
     if (!(mask >> f->lane & 1)) fail("%s of mask 0x%08x is called by lane %d, which is not in it", what->name, mask, f->lane);
     f->waits = what;
@@ -409,21 +413,22 @@ void in_warp(uint32_t mask, const collective *what, void *payload)
     w.arrived |= 1u << f->lane;
     w.ready &= ~(1u << f->lane);
     try_complete(f);
-    if (!f->waits && order() == FORWARD) return;        // the last to come goes on at once
-    fiber *to = next(f->id / 32);
-    if (to != f) go(f, to, false);
+    if (!f->waits && m->order == FORWARD) return;        // the last to come goes on at once
+    fiber *const to = next(m, f->id / 32);
+    if (to != f) go(m, f, to, false);
 }
 
 int in_block(int what, int predicate)
 {
-    fiber *f = m->now;
+    fiber *const f = (fiber *)self;
+    machine *const m = f->m;
     if (m->at_barrier && m->barrier_what != what) fail("__syncthreads of two kinds meet");
     m->barrier_what = what;
     m->votes += predicate != 0;
     m->warps[f->id / 32].ready &= ~(1u << f->lane);
-    if (++m->at_barrier == m->living) open_barrier();
-    fiber *to = next(f->id / 32);
-    if (to != f) go(f, to, false);
+    if (++m->at_barrier == m->living) open_barrier(m);
+    fiber *const to = next(m, f->id / 32);
+    if (to != f) go(m, f, to, false);
     return m->verdict;
 }
 
@@ -458,10 +463,10 @@ void copy_async(void *shared, const void *global, int n_bytes)
 {
     if ((uintptr_t)shared % (unsigned)n_bytes || (uintptr_t)global % (unsigned)n_bytes) fail("an asynchronous copy of %d bytes from %p to %p is not aligned", n_bytes, global, shared);
     memset(shared, 0xFF, (size_t)n_bytes);
-    m->now->copies.push_back({ shared, global, n_bytes });
+    ((fiber *)self)->copies.push_back({ shared, global, n_bytes });
 }
-void copy_commit() { m->now->copies.push_back({ nullptr, nullptr, 0 }); }
-void copy_wait(int open_groups) { perform(m->now, open_groups); }
+void copy_commit() { ((fiber *)self)->copies.push_back({ nullptr, nullptr, 0 }); }
+void copy_wait(int open_groups) { perform((fiber *)self, open_groups); }
 
 void run_grid(const char *name, dim3 g, dim3 block, size_t shared, const std::function<void()> &one_thread)
 {
@@ -495,5 +500,6 @@ void run_grid(const char *name, dim3 g, dim3 block, size_t shared, const std::fu
 unsigned __activemask()
 {
     using namespace kv_emulate;
-    return m->warps[m->now->id / 32].ready;
+    const fiber *const f = (fiber *)self;
+    return f->m->warps[f->id / 32].ready;
 }
