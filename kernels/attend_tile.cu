@@ -15,7 +15,7 @@
 // and weights stay within a half warp.  A step of the score loop is 4 x 4 x 4 FMAs for 8 loads of 16 bytes, of the value loop 32 x 4 for 12.
 // Floor: n^2 / 2 x heads x 2 D FMAs a layer of a chunk over itself, at 128 a clock and SM.
 #include <algorithm>
-#include "cache_impl.cuh"
+#include "attend_job.cuh"
 #include "codecs.cuh"
 
 namespace kelvin {
@@ -23,45 +23,12 @@ namespace {
 
 enum { THREADS = 256, LENT_WARPS = 8 };
 
-struct attend_job {
-    dev_layer    a;
-    const float *q, *k, *v;
-    float       *out;
-    float        scale, softcap;
-    int          n, d4;                         // new tokens; head_dim in steps of 4
-    const float *rows;                          // [n_seqs][n_kv_heads][2][slab][ld] decoded: positions from p0 on; or null
-    int          p0, p1, slab, ld, first, last; // of this slab
-    float       *state;                         // [n_seqs][n_kv_heads][stacked rows][D + 2]
-    float       *parts;                         // [n_seqs][n_kv_heads][row tiles][splits][16][D + 2]
-    int         *arrivals, n_splits;
-};
-
 template <int RI, int NJ> struct tile_shape {
     static constexpr int KJ = NJ <= 2 ? 4 : NJ == 4 ? 2 : 1, KEYS = 16 * KJ, ROWS = 16 * RI, D = 64 * NJ, LD = D + 4, LP = KEYS + 4;
     static constexpr int lenders = NJ == 8 ? 4 : LENT_WARPS;          // warps that decode
     static constexpr size_t floats = (size_t)ROWS * LD + (size_t)KEYS * LD + (size_t)ROWS * LP;
     static constexpr size_t bytes(bool few) { return sizeof(float) * (floats + (few ? (size_t)lenders * CODEC_SCRATCH : 0)); }
 };
-
-// Four values of an exact row from dim i on.
-__device__ __forceinline__ float4 exact4(const dev_layer &a, const exact_row &r, int i)
-{
-    if (a.head_dim % 4) {
-        float x[4];
-#pragma unroll
-        for (int j = 0; j < 4; j++) x[j] = i + j < a.head_dim ? exact_value(r, a.dtype, i + j) : 0.0f;
-        return make_float4(x[0], x[1], x[2], x[3]);
-    }
-    if (r.fresh) {
-        const float4 x = *(const float4 *)(r.fresh + i);
-        return make_float4(round_to(a.dtype, x.x), round_to(a.dtype, x.y), round_to(a.dtype, x.z), round_to(a.dtype, x.w));
-    }
-    if (a.dtype == 0) return *(const float4 *)((const float *)r.held + i);
-    const uint2 x = *(const uint2 *)((const uint16_t *)r.held + i);
-    if (a.dtype == 2) return make_float4(__uint_as_float(x.x << 16), __uint_as_float(x.x & 0xffff0000u), __uint_as_float(x.y << 16), __uint_as_float(x.y & 0xffff0000u));
-    const float2 u = __half22float2(*(const __half2 *)&x.x), v = __half22float2(*(const __half2 *)&x.y);
-    return make_float4(u.x, u.y, v.x, v.y);
-}
 
 struct tile_of_keys { int j0, from, to; bool decoded; };              // rows of [from, to) are loaded, the tile's others zero
 
@@ -130,7 +97,6 @@ template <int RI, int NJ, bool FEW> __global__ void __launch_bounds__(THREADS, N
     using shape = tile_shape<RI, NJ>;
     constexpr int KJ = shape::KJ, KEYS = shape::KEYS, ROWS = shape::ROWS, LD = shape::LD, LP = shape::LP;
     KV_SHARED_DYNAMIC(memory);
-    __shared__ int arrived;
     const dev_layer &a = job.a;
     float *q = (float *)memory, *x = q + ROWS * LD, *w = x + KEYS * LD, *lent = w + ROWS * LP;
     const int r = threadIdx.x / 16, c = threadIdx.x % 16, head = blockIdx.y, seq = blockIdx.z, group = a.n_heads / a.n_kv_heads, m = job.n * group;
@@ -325,26 +291,7 @@ template <int RI, int NJ, bool FEW> __global__ void __launch_bounds__(THREADS, N
                 if (64 * j + 4 * c + e < a.head_dim) to[64 * j + 4 * c + e] = acc[i][j][e] * by;
     }
     if (!FEW || whole) return;
-    __threadfence();
-    __syncthreads();
-    int *arrivals = job.arrivals + ((size_t)seq * a.n_kv_heads + head) * n_tiles + tile;
-    if (threadIdx.x == 0) arrived = atomicAdd(arrivals, 1);
-    __syncthreads();
-    if (arrived != splits - 1) return;
-    __threadfence();
-    part -= (size_t)split * ROWS * held;
-    for (int row = threadIdx.x / 32; row < ROWS && row0 + row < m; row += THREADS / 32) {
-        const int lane = threadIdx.x % 32, y = row0 + row;
-        float best = -INFINITY, total = 0;
-        for (int k = 0; k < splits; k++) best = fmaxf(best, __ldcg(part + ((size_t)k * ROWS + row) * held));
-        for (int k = 0; k < splits; k++) total = fmaf(expf(__ldcg(part + ((size_t)k * ROWS + row) * held) - best), __ldcg(part + ((size_t)k * ROWS + row) * held + 1), total);
-        for (int i = lane; i < a.head_dim; i += 32) {
-            float o = 0;
-            for (int k = 0; k < splits; k++) o = fmaf(expf(__ldcg(part + ((size_t)k * ROWS + row) * held) - best), __ldcg(part + ((size_t)k * ROWS + row) * held + 2 + i), o);
-            job.out[(((size_t)seq * job.n + y / group) * a.n_heads + head * group + y % group) * a.head_dim + i] = o / total;
-        }
-    }
-    if (threadIdx.x == 0) *arrivals = 0;
+    merge_parts(job, seq, head, row0, min(ROWS, m - row0), splits, part - (size_t)split * ROWS * held, ROWS * held, job.arrivals + ((size_t)seq * a.n_kv_heads + head) * n_tiles + tile);
 }
 
 template <int RI, int NJ, bool FEW> cudaError_t launch(const attend_job &job, int blocks, cudaStream_t stream)
@@ -360,6 +307,7 @@ template <int RI, int NJ, bool FEW> cudaError_t launch(const attend_job &job, in
 
 cudaError_t attend_few_tile(kv_backend_cache *c, int layer, int n, const float *q, const float *k, const float *v, float scale, float softcap, float *out, cudaStream_t stream)
 {
+    if (n == 1 && rows_as_they_are(c, layer)) return attend_rows(c, layer, q, k, v, scale, softcap, out, stream);
     attend_job job = { c->layer_args(layer), q, k, v, out, scale, softcap, n, (c->head_dim + 3) / 4 };
     job.parts = c->parts;
     job.arrivals = c->arrivals;

@@ -10,6 +10,7 @@
 #include <cstring>
 #include <new>
 #include "cache_impl.cuh"
+#include "codecs/raw_device.h"
 
 using namespace kelvin;
 
@@ -212,6 +213,7 @@ int cache_new(int device, const kv_backend_plan *p, int n_seqs, int max_tokens, 
             s.tail_rows = (int)std::min(rows, (long long)max_tokens - s.sink_rows);
             s.n_pages = (ripe(max_tokens, c->sink[l], c->recent[l], g, s.never) + pt - 1) / pt;
             s.codec = { family_of(codec.family), d, pt, g, codec.side, codec.page_bytes, offset(share(shared, books, codec.pod, codec.pod_bytes)) };
+            s.raw = strcmp(codec.family, "raw") ? -1 : ((const raw_device *)codec.pod)->dtype;
             if (from.mean) s.mean = (const float *)offset(share(shared, books, from.mean, sizeof(float) * d));
             s.kind = find_kind(c, { l, g, s.never, s.tail_rows, 1 });
             s.tail_stride = c->row_bytes(l) * s.tail_rows;
@@ -243,7 +245,7 @@ int cache_new(int device, const kv_backend_plan *p, int n_seqs, int max_tokens, 
     c->staging_rows = granules > 1 ? std::max((int)STAGED_ROWS, granules) : 0;
     const size_t rows_at_once = (size_t)n_seqs * n_kv * row_tiles;
     const size_t at_slots = books.take(c->slot.size(), sizeof(dev_slot)), at_length = books.take(n_seqs, sizeof(int)), at_encoded = books.take(c->held.size(), sizeof(int));
-    const size_t at_kinds = books.take(c->kind.size(), sizeof(kind_books)), at_bad = books.take(1, sizeof(int)), at_arrivals = books.take(rows_at_once, sizeof(int)), zeroed = books.total;
+    const size_t at_kinds = books.take(c->kind.size(), sizeof(kind_books)), at_bad = books.take(1, sizeof(int)), at_arrivals = books.take(rows_at_once * 4, sizeof(int)), zeroed = books.total;
     const size_t at_parts = books.take(rows_at_once * c->n_splits * ROWS_OF_FEW, sizeof(float) * (d + 2));
     const size_t at_staging = books.take((size_t)n_seqs * n_kv * 2 * c->staging_rows, sizeof(float) * d);
     c->books_bytes = books.total;

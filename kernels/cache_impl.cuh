@@ -28,6 +28,7 @@ struct dev_slot {
     uint8_t     *sink, *tail, *page;            // of sequence 0
     size_t       sink_stride, tail_stride, page_stride;       // bytes from sequence to sequence
     int          kind, never, sink_rows, tail_rows, n_pages, n_rot;
+    int          raw;                           // rows as they are, of this dtype: they need no decoding; or -1
 };
 
 struct dev_layer {                              // by value, of one layer
@@ -123,6 +124,9 @@ struct cache_form {
 extern const cache_form tile_form;
 
 cudaError_t attend_few_tile(kv_backend_cache *c, int layer, int n, const float *q, const float *k, const float *v, float scale, float softcap, float *out, cudaStream_t stream);
+// One new token over rows as they are.
+bool rows_as_they_are(const kv_backend_cache *c, int layer);
+cudaError_t attend_rows(kv_backend_cache *c, int layer, const float *q, const float *k, const float *v, float scale, float softcap, float *out, cudaStream_t stream);
 // n new tokens of any number: slab after slab of decoded rows.
 cudaError_t attend_chunk(kv_backend_cache *c, int layer, int n, const float *q, const float *k, const float *v, float scale, float softcap, float *out, cudaStream_t stream);
 cudaError_t cache_check(kv_backend_cache *c, int layer, int n, const float *k, const float *v, cudaStream_t stream);
