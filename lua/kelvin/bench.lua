@@ -88,7 +88,8 @@ function M.decode(o)
     check(C.kv_session_bytes(c.s._s, b))
     local floor = read and (model.weight_bytes + (c.depth > 0 and b[0].codes + b[0].scales + b[0].exact or 0)) / (read * 1e9) or nil
     rows[#rows + 1] = { arm = c.arm, depth = c.depth, tokens_per_s = 1 / t, us = 1e6 * t, iqr_us = 1e6 * iqr, cache_bytes = b[0].total,
-      floor_us = floor and 1e6 * floor, share = floor and floor / t, threads = lib.threads(), read_gb_s = read, path = c.s:paths(), repeats = #c.times, device = model.device or "cpu", device_name = model.device_name }
+      floor_us = floor and 1e6 * floor, share = floor and floor / t, threads = lib.threads(), read_gb_s = read, path = c.s:paths(), repeats = #c.times,
+      device = model.device or "cpu", device_name = model.device_name }
   end
   log.clear()
   return setmetatable(rows, { __tostring = function(t)
@@ -97,7 +98,9 @@ function M.decode(o)
       lines[#lines + 1] = { r.arm, tostring(r.depth), ("%.1f"):format(r.tokens_per_s), ("%.0f"):format(r.us), ("%.0f"):format(r.iqr_us), ("%.2f"):format(r.cache_bytes / 1e6),
         r.floor_us and ("%.0f"):format(r.floor_us) or "-", r.share and ("%.0f %%"):format(100 * r.share) or "-", r.path }
     end
-    return (read and ("%s, %d threads, read %.1f GB/s; floor: weights and cache read once\n"):format(model.name, lib.threads(), read) or ("%s on %s (%s)\n"):format(model.name, model.device, model.device_name)) .. require("kelvin.evaltext").aligned(lines)
+    local head = read and ("%s, %d threads, read %.1f GB/s; floor: weights and cache read once\n"):format(model.name, lib.threads(), read)
+      or ("%s on %s (%s)\n"):format(model.name, model.device, model.device_name)
+    return head .. require("kelvin.evaltext").aligned(lines)
   end })
 end
 

@@ -130,7 +130,7 @@ for _, device in ipairs { "cuda", "emulated" } do
       for _, mode in ipairs { "visibility", "stream" } do
         local function run(m)
           return kv.eval { model = m, text = text, context = 32, chunks = mode == "stream" and 1 or 2, mode = mode, controls = false,
-            arms = { exact = { k = "f32", v = "f32", exact = "f32" }, f16 = "f16" } }
+            arms = { exact = { k = "f32", v = "f32", exact = "f32" }, f16 = "f16", q8_0 = "q8_0", turboquant = "k=turboquant-4,v=turboquant-3,sink=2" } }
         end
         local want, got = run(cpu), run(here)
         for i, row in ipairs(got) do
@@ -139,7 +139,8 @@ for _, device in ipairs { "cuda", "emulated" } do
           assert.are.equal(device, row.device)
           if row.arm == "exact" then assert.are.equal(0, row.kld.max) assert.are.equal(0, row.kld.min) end
           assert(math.abs(row.kld.mean - w.kld.mean) <= 2e-6 + 0.1 * w.kld.mean, ("%s: KLD %.3g, on the CPU %.3g"):format(row.arm, row.kld.mean, w.kld.mean))
-          assert(math.abs(math.log(row.ppl / w.ppl)) <= 1e-4 and math.abs(math.log(row.ppl_ref / w.ppl_ref)) <= 1e-4)
+          -- A row beside a border between two codes may fall on its other side: it moves a coarse arm by some of its own error.
+          assert(math.abs(math.log(row.ppl / w.ppl)) <= 1e-4 + 0.02 * math.sqrt(w.kld.mean) and math.abs(math.log(row.ppl_ref / w.ppl_ref)) <= 1e-4)
           assert.are.equal(w.compressed_pair_fraction, row.compressed_pair_fraction)
           assert.are.equal(w.n_scored, row.n_scored)
         end
