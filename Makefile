@@ -166,8 +166,8 @@ $(BUILD)/emulated/user_kernel: $(BUILD)/emulated/tests/cuda/user_kernel.o $(EMUL
 gpu-test: all ctests $(GPU_PROGRAMS)
 	@$(HOST) doctor | grep -E 'cuda'
 	@FLAVOUR=$(FLAVOUR) $(BUSTED) tests/cuda
-gpu-sanitize: all $(GPU_PROGRAMS)
-	@FLAVOUR=$(FLAVOUR) KELVIN_TEST='$(BUSTED)' sh tests/cuda/sanitize.sh $(BUILD)/cuda
+gpu-sanitize: all ctests $(GPU_PROGRAMS)
+	@FLAVOUR=$(FLAVOUR) KELVIN_TEST='$(BUSTED)' sh tests/cuda/sanitize.sh $(BUILD)/cuda:$(BUILD)/tests
 lint:
 	@sh tests/lint.sh
 

@@ -1,4 +1,6 @@
 /* device_codec.c -- a codec as a device sees it, and one alone on a device. */
+#include <stdio.h>
+#include <string.h>
 #include "backend.h"
 #include "codec.h"
 #include "device.h"
@@ -101,4 +103,22 @@ int kv_codec_decode_on(const char *device, const kv_codec *c, const uint8_t *pag
     const int status = b->codec_decode(number, &d, pages, tok0, n, rows, err, sizeof err);
     kv_codec_device_free(&d);
     return status < 0 ? kv_set_error(status, "%s: %s", b->name, err) : KV_OK;
+}
+
+int kv_codec_bench_case(const kv_codec *c, const char *what, int n_tokens, char *line, int line_cap)
+{
+    RETURN_ERROR_IF(!c || !what || !line, KV_E_ARG, "kv_codec_bench_case: NULL %s", !c ? "codec" : !what ? "what" : "line");
+    RETURN_ERROR_IF(strcmp(what, "encode") && strcmp(what, "decode"), KV_E_ARG, "kv_codec_bench_case: '%.20s' is neither encode nor decode", what);
+    kv_backend_codec d;
+    FORWARD_IF_ERROR(kv_codec_device(c, &d));
+    const size_t need = 2 * d.pod_bytes + 256;
+    int status = KV_OK;
+    if (line_cap < 0 || (size_t)line_cap < need) status = kv_set_error(KV_E_ARG, "codec '%s': its case takes %zu bytes, %d given", c->ops->name, need, line_cap);
+    else {
+        int at = snprintf(line, (size_t)line_cap, "%s family=%s tokens=%d head_dim=%d page_tokens=%d granule=%d side=%d page_bytes=%zu pod=", what, d.family, n_tokens, d.head_dim, d.page_tokens, d.granule,
+            d.side, d.page_bytes);
+        for (size_t i = 0; i < d.pod_bytes; i++) at += snprintf(line + at, 3, "%02x", ((const uint8_t *)d.pod)[i]);
+    }
+    kv_codec_device_free(&d);
+    return status;
 }

@@ -171,6 +171,8 @@ void kv_block_free(kv_block *b);
  * of other tokens keep theirs.  And back: rows of tokens tok0 .. tok0+n. */
 int  kv_codec_encode_on(const char *device, const kv_codec *c, const float *rows, int n, uint8_t *pages);
 int  kv_codec_decode_on(const char *device, const kv_codec *c, const uint8_t *pages, int tok0, int n, float *rows);
+/* A case of kv_device_bench that encodes or decodes n_tokens rows with this codec, as text.  Room for it: KV_E_ARG says how much. */
+int  kv_codec_bench_case(const kv_codec *c, const char *what /* "encode" or "decode" */, int n_tokens, char *line, int line_cap);
 
 /* Pieces that tests and prototypes use directly. */
 int  kv_hadamard(float *x, int n_rows, int n);                   /* orthonormal FWHT of rows, n a power of two 1..4096 */

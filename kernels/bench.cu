@@ -1,9 +1,12 @@
 // bench.cu -- what the device can do, and what the kernels make of it: backend.h's `bench`.
 //
-//   read bytes=N                                           a stream of 16-byte loads, many in flight
-//   copy bytes=N                                           N bytes read and N written; both are counted
-//   decode bits_k= bits_v= head_dim= n_kv_heads= group= batch= length= [exact=0] [ragged=0] [cold=]
+//   read bytes=N [blocks=4]                                a stream of 16-byte loads, blocks an SM
+//   copy bytes=N [blocks=4]                                N bytes read and N written, both counted; blocks=0: cudaMemcpyAsync
+//   attend bits_k= bits_v= head_dim= n_kv_heads= group= batch= length= [exact=0] [ragged=0] [cold=]
 //                                                          attention on codes; ragged=1: lengths lognormal around `length`, the same sum
+//   encode family= tokens= head_dim= page_tokens= granule= side= page_bytes= pod=HEX [cold=]
+//                                                          f32 rows to pages of a codec (kv_codec_bench_case writes the line); source and pages are counted
+//   decode ...                                             and back
 //
 // Every case has its own random caches, as many as exceed the second-level cache several times over, and one CUDA graph that runs
 // over all of them; the graphs of all cases take turns.  us is the median of the turns, for one launch.
@@ -18,6 +21,7 @@
 #include <string>
 #include <vector>
 #include "backend.h"
+#include "codec.cuh"
 #include "kernels.cuh"
 #include "launch.cuh"
 #include "status.cuh"
@@ -86,46 +90,58 @@ __global__ void halves_kernel(__half *p, size_t n)
         p[i] = __float2half((float)((uint32_t)i * 2654435761u >> 16) / 32768 - 1);
 }
 
-constexpr int LOADS = 8;       // in flight a thread: with 16 to 64 warps an SM the H200 gives 4.54 to 4.58 TB/s, see docs/gpu.md
-__global__ void read_kernel(const uint4 *p, size_t n, uint32_t *sink)
+constexpr int LOADS = 8, WARPS = 8;      // loads in flight a thread, warps of a block
+// A warp goes through its own stretch of `per` lines of 512 bytes: strides over the whole buffer cost a tenth.
+__global__ void __launch_bounds__(WARPS * 32) read_kernel(const uint4 *p, size_t per, uint32_t *sink)
 {
-    const size_t threads = (size_t)gridDim.x * blockDim.x, at = blockIdx.x * (size_t)blockDim.x + threadIdx.x;
+    const uint4 *q = p + ((size_t)blockIdx.x * WARPS + threadIdx.x / 32) * per * 32 + threadIdx.x % 32;
     uint32_t a = 0;
-    for (size_t i = at; i + (LOADS - 1) * threads < n; i += LOADS * threads) {
+    for (size_t i = 0; i < per; i += LOADS) {
         uint4 v[LOADS];
 #pragma unroll
-        for (int k = 0; k < LOADS; k++) v[k] = __ldcs(p + i + k * threads);
+        for (int k = 0; k < LOADS; k++) v[k] = __ldcs(q + (i + k) * 32);
 #pragma unroll
         for (int k = 0; k < LOADS; k++) a ^= v[k].x ^ v[k].y ^ v[k].z ^ v[k].w;
     }
     if (a == 123456789) sink[0] = 1;
 }
-__global__ void copy_kernel(const uint4 *from, uint4 *to, size_t n)
+__global__ void __launch_bounds__(WARPS * 32) copy_kernel(const uint4 *from, uint4 *to, size_t per)
 {
-    const size_t threads = (size_t)gridDim.x * blockDim.x, at = blockIdx.x * (size_t)blockDim.x + threadIdx.x;
-    for (size_t i = at; i + (LOADS - 1) * threads < n; i += LOADS * threads) {
+    const size_t at = ((size_t)blockIdx.x * WARPS + threadIdx.x / 32) * per * 32 + threadIdx.x % 32;
+    for (size_t i = 0; i < per; i += LOADS) {
         uint4 v[LOADS];
 #pragma unroll
-        for (int k = 0; k < LOADS; k++) v[k] = __ldcs(from + i + k * threads);
+        for (int k = 0; k < LOADS; k++) v[k] = __ldcs(from + at + (i + k) * 32);
 #pragma unroll
-        for (int k = 0; k < LOADS; k++) to[i + k * threads] = v[k];
+        for (int k = 0; k < LOADS; k++) __stcs(to + at + (i + k) * 32, v[k]);
     }
 }
 
 // ---- cases
 
-typedef std::vector<std::pair<std::string, long long>> words;
+typedef std::vector<std::pair<std::string, std::string>> words;
 
-long long word(const words &w, const char *name, long long least, long long most, long long or_else = -1)
+const std::string *find(const words &w, const char *name)
 {
-    for (const auto &x : w)
-        if (x.first == name) {
-            if (x.second < least || x.second > most) fail(E_ARG, "%s=%lld is outside %lld..%lld", name, x.second, least, most);
-            return x.second;
-        }
-    if (or_else < 0) fail(E_ARG, "%s= is missing", name);
-    return or_else;
+    for (const auto &x : w) if (x.first == name) return &x.second;
+    return nullptr;
 }
+const std::string &text(const words &w, const char *name)
+{
+    const std::string *s = find(w, name);
+    if (!s) fail(E_ARG, "%s= is missing", name);
+    return *s;
+}
+long long word(const words &w, const char *name, long long least, long long most)
+{
+    const std::string &s = text(w, name);
+    char *end;
+    const long long v = strtoll(s.c_str(), &end, 10);
+    if (s.empty() || *end) fail(E_ARG, "%s=%.30s is no number", name, s.c_str());
+    if (v < least || v > most) fail(E_ARG, "%s=%lld is outside %lld..%lld", name, v, least, most);
+    return v;
+}
+long long word(const words &w, const char *name, long long least, long long most, long long or_else) { return find(w, name) ? word(w, name, least, most) : or_else; }
 
 struct job {
     double bytes = 0;
@@ -155,28 +171,31 @@ int sms()
 
 struct stream_job : job {
     memory<uint8_t> from, to;
-    size_t n;                           // 16-byte words of a launch
+    size_t per, n;                      // lines of a warp, bytes of a launch
     bool write;
     int grid;
     stream_job(const words &w, bool write) : write(write)
     {
-        grid = sms() * 8;
-        const size_t step = (size_t)grid * THREADS * LOADS;
-        n = (size_t)word(w, "bytes", 16, 64ll << 30) / 16 / step * step;
-        if (!n) n = step;
-        bytes = (double)n * 16 * (write ? 2 : 1);
+        const long long blocks = word(w, "blocks", 0, 16, 4);
+        grid = blocks ? sms() * (int)blocks : 1;
+        const size_t warps = blocks ? (size_t)grid * WARPS : 1;
+        per = std::max<size_t>(LOADS, (size_t)word(w, "bytes", 16, 64ll << 30) / 512 / warps / LOADS * LOADS);
+        n = per * warps * 512;
+        bytes = (double)n * (write ? 2 : 1);
         copies = 2;                     // of gigabytes: a launch finds nothing of the last one but its end
-        from.make(n * 16 * copies);
-        if (write) to.make(n * 16);
-        else to.make(16);
-        KV_LAUNCH(fill_kernel, blocks_for(n), THREADS, 0, 0, (uint32_t *)from.p, n * 4 * copies, 3u);
+        from.make(n * copies);
+        to.make(write ? n : 16);
+        if (!write && !blocks) fail(E_ARG, "read needs blocks=1..16");
+        if (!blocks) grid = 0;
+        KV_LAUNCH(fill_kernel, blocks_for(n / 4), THREADS, 0, 0, (uint32_t *)from.p, n / 4 * copies, 3u);
         need(cudaGetLastError(), "fill");
     }
     cudaError_t launch(int copy, cudaStream_t s) override
     {
-        const uint4 *p = (const uint4 *)from.p + n * copy;
-        if (write) KV_LAUNCH(copy_kernel, grid, THREADS, 0, s, p, (uint4 *)to.p, n);
-        else KV_LAUNCH(read_kernel, grid, THREADS, 0, s, p, n, (uint32_t *)to.p);
+        const uint4 *p = (const uint4 *)(from.p + n * copy);
+        if (!grid) return cudaMemcpyAsync(to.p, p, n, cudaMemcpyDeviceToDevice, s);
+        if (write) KV_LAUNCH(copy_kernel, grid, WARPS * 32, 0, s, p, (uint4 *)to.p, per);
+        else KV_LAUNCH(read_kernel, grid, WARPS * 32, 0, s, p, per, (uint32_t *)to.p);
         return cudaGetLastError();
     }
 };
@@ -217,7 +236,7 @@ struct form { int bits_k, bits_v, head_dim, g, shared_bytes; attend_form fn; };
 #define FORM(kb, vb, d, g, blocks) { kb, vb, d, g, kelvin::detail::ring_of<kb, vb, d, g, blocks>::bytes, kelvin::attend_kernel<kb, vb, d, g, blocks> }
 const form forms[] = { FORM(4, 4, 128, 4, 3), FORM(3, 3, 128, 4, 4), FORM(2, 2, 128, 4, 4) };
 
-struct decode_job : job {
+struct attend_job : job {
     static constexpr int PAGE_SHIFT = 1;        // pages of 64 tokens
     memory<uint8_t> pool;
     memory<float> q, out, sign, partials;
@@ -228,7 +247,7 @@ struct decode_job : job {
     size_t copy_bytes;
     const form *f = nullptr;
     int grid = 1;
-    explicit decode_job(const words &w)
+    explicit attend_job(const words &w)
     {
         bits_k = (int)word(w, "bits_k", 2, 4), bits_v = (int)word(w, "bits_v", 2, 4), head_dim = (int)word(w, "head_dim", 64, 256);
         const int n_kv = (int)word(w, "n_kv_heads", 1, 128), group = (int)word(w, "group", 1, 16), batch = (int)word(w, "batch", 1, 4096);
@@ -292,10 +311,62 @@ struct decode_job : job {
     }
 };
 
+// Rows of unit normals (Box and Muller) to pages, or pages that were made of such rows back to rows.
+__global__ void normal_kernel(float *p, size_t n, uint32_t seed)
+{
+    for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < n; i += (size_t)gridDim.x * blockDim.x) {
+        uint32_t x = (uint32_t)i * 2654435761u ^ seed, y = x ^ 0x9e3779b9u;
+        x ^= x >> 16, x *= 0x7feb352du, x ^= x >> 15, x *= 0x846ca68bu, x ^= x >> 16;
+        y ^= y >> 16, y *= 0x7feb352du, y ^= y >> 15, y *= 0x846ca68bu, y ^= y >> 16;
+        p[i] = sqrtf(-2 * logf(((float)(x >> 8) + 0.5f) * 0x1p-24f)) * cosf(6.2831853f * ((float)(y >> 8) * 0x1p-24f));
+    }
+}
+struct codec_job : job {
+    memory<float> rows;
+    memory<uint8_t> pages, pod;
+    kelvin::dev_codec c = {};
+    int n;
+    size_t row_floats, pages_bytes;
+    bool encode;
+    codec_job(const words &w, bool encode) : encode(encode)
+    {
+        const std::string &family = text(w, "family"), &hex = text(w, "pod");
+        c.family = kv_cuda_codec_family(family.c_str());
+        if (c.family < 0) fail(E_UNSUPPORTED, "codec '%.40s' is not one that this device knows", family.c_str());
+        c.head_dim = (int)word(w, "head_dim", 1, 1024), c.page_tokens = (int)word(w, "page_tokens", 1, 1 << 16), c.granule = (int)word(w, "granule", 1, c.page_tokens);
+        c.side = (int)word(w, "side", 0, 1), c.page_bytes = (size_t)word(w, "page_bytes", 1, 1 << 30);
+        n = (int)word(w, "tokens", 1, 1 << 24) / c.page_tokens * c.page_tokens;
+        if (!n || c.page_tokens % c.granule) fail(E_ARG, "tokens=%lld are no page of %d, or that is no multiple of granule=%d", word(w, "tokens", 1, 1 << 24), c.page_tokens, c.granule);
+        std::vector<uint8_t> bytes(hex.size() / 2);
+        for (size_t i = 0; i < bytes.size(); i++) {
+            unsigned v = 0;
+            if (sscanf(hex.c_str() + 2 * i, "%2x", &v) != 1) fail(E_ARG, "pod= is not hexadecimal");
+            bytes[i] = (uint8_t)v;
+        }
+        pod.from(bytes);
+        c.pod = pod.p;
+        row_floats = (size_t)n * c.head_dim, pages_bytes = (size_t)n / c.page_tokens * c.page_bytes;
+        this->bytes = (double)row_floats * 4 + (double)pages_bytes;
+        copies = copies_of(w, this->bytes);
+        rows.make(row_floats * copies), pages.make(pages_bytes * copies);
+        need(cudaMemset(pages.p, 0, pages_bytes * copies), "fill");
+        KV_LAUNCH(normal_kernel, blocks_for(row_floats), THREADS, 0, 0, rows.p, row_floats * copies, 17u);
+        need(cudaGetLastError(), "fill");
+        if (!encode)
+            for (int i = 0; i < copies; i++) need(kv_cuda_encode_rows(c, rows.p + row_floats * i, n, pages.p + pages_bytes * i, 0), "encode");
+    }
+    cudaError_t launch(int copy, cudaStream_t s) override
+    {
+        return encode ? kv_cuda_encode_rows(c, rows.p + row_floats * copy, n, pages.p + pages_bytes * copy, s) : kv_cuda_decode_rows(c, pages.p + pages_bytes * copy, 0, n, rows.p + row_floats * copy, s);
+    }
+};
+
 const struct kind { const char *name; job *(*make)(const words &w); } kinds[] = {
     { "read", [](const words &w) -> job * { return new stream_job(w, false); } },
     { "copy", [](const words &w) -> job * { return new stream_job(w, true); } },
-    { "decode", [](const words &w) -> job * { return new decode_job(w); } },
+    { "attend", [](const words &w) -> job * { return new attend_job(w); } },
+    { "encode", [](const words &w) -> job * { return new codec_job(w, true); } },
+    { "decode", [](const words &w) -> job * { return new codec_job(w, false); } },
 };
 
 job *make_job(const std::string &line)
@@ -304,13 +375,11 @@ job *make_job(const std::string &line)
     int at = 0;
     sscanf(line.c_str(), " %31s%n", name, &at);
     words w;
-    for (const char *p = line.c_str() + at;;) {
-        char key[32];
-        long long value;
-        int used = 0;
-        if (sscanf(p, " %31[a-z_]=%lld%n", key, &value, &used) == 2) w.push_back({ key, value }), p += used;
-        else if (p[strspn(p, " \t")] == 0) break;
-        else fail(E_ARG, "'%.60s' is not key=number", p);
+    for (size_t p = at; (p = line.find_first_not_of(" \t", p)) != std::string::npos;) {
+        const size_t end = std::min(line.find_first_of(" \t", p), line.size()), equals = line.find('=', p);
+        if (equals >= end || equals == p) fail(E_ARG, "'%.60s' is not key=value", line.substr(p, end - p).c_str());
+        w.push_back({ line.substr(p, equals - p), line.substr(equals + 1, end - equals - 1) });
+        p = end;
     }
     std::string known;
     for (const kind &k : kinds) {

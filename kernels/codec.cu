@@ -59,6 +59,19 @@ size_t pages_of(const kv_backend_codec *c, long long n_tokens) { return (size_t)
 
 }  // namespace
 
+cudaError_t kv_cuda_encode_rows(const dev_codec &c, const float *x, int n, uint8_t *pages, cudaStream_t stream)
+{
+    KV_LAUNCH(encode_rows, (n / c.granule + WARPS - 1) / WARPS, WARPS * 32, 0, stream, c, x, n, pages);
+    return cudaGetLastError();
+}
+
+cudaError_t kv_cuda_decode_rows(const dev_codec &c, const uint8_t *pages, int tok0, int n, float *x, cudaStream_t stream)
+{
+    KV_LAUNCH(decode_rows, (n + WARPS - 1) / WARPS, WARPS * 32, 0, stream, c, pages, tok0, n, x);
+    return cudaGetLastError();
+}
+
+int kv_cuda_codec_family(const char *name) { return kelvin::codec_family(name); }
 int kv_cuda_codec_known(const char *family) { return kelvin::codec_family(family) >= 0; }
 
 int kv_cuda_codec_encode(int device, const kv_backend_codec *c, const float *host_rows, int n, uint8_t *host_pages, char *err, size_t cap)
@@ -70,8 +83,7 @@ int kv_cuda_codec_encode(int device, const kv_backend_codec *c, const float *hos
     if (status < 0) return status;
     status = say(cudaMemcpy(m.rows, host_rows, row_bytes, cudaMemcpyHostToDevice), "upload", err, cap);
     if (status < 0) return status;
-    KV_LAUNCH(encode_rows, (n / c->granule + WARPS - 1) / WARPS, WARPS * 32, 0, 0, d, (const float *)m.rows, n, (uint8_t *)m.pages);
-    status = say(cudaGetLastError(), "encode", err, cap);
+    status = say(kv_cuda_encode_rows(d, (const float *)m.rows, n, (uint8_t *)m.pages, 0), "encode", err, cap);
     return status < 0 ? status : say(cudaMemcpy(host_pages, m.pages, page_bytes, cudaMemcpyDeviceToHost), "encode", err, cap);
 }
 
@@ -82,7 +94,6 @@ int kv_cuda_codec_decode(int device, const kv_backend_codec *c, const uint8_t *h
     const size_t row_bytes = (size_t)n * c->head_dim * sizeof(float);
     int status = set_up(device, c, host_pages, pages_of(c, (long long)tok0 + n), row_bytes, m, d, err, cap);
     if (status < 0) return status;
-    KV_LAUNCH(decode_rows, (n + WARPS - 1) / WARPS, WARPS * 32, 0, 0, d, (const uint8_t *)m.pages, tok0, n, (float *)m.rows);
-    status = say(cudaGetLastError(), "decode", err, cap);
+    status = say(kv_cuda_decode_rows(d, (const uint8_t *)m.pages, tok0, n, (float *)m.rows, 0), "decode", err, cap);
     return status < 0 ? status : say(cudaMemcpy(host_rows, m.rows, row_bytes, cudaMemcpyDeviceToHost), "decode", err, cap);
 }

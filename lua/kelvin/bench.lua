@@ -39,13 +39,13 @@ end
 doc("kv.bench", [[
   kv.bench.decode{ model =, arms = { "f16", "turboquant-4" }, depths = { 0, 4096 }, repeats = 5, tokens = 16, calib = } -> rows
   kv.bench.codecs{ names =, dims = { 64 }, queries = 4, repeats = 5, ggml = } -> rows;  kv.bench.eval{ model = } -> row
-  kv.bench.gpu{ device = "cuda", shapes =, bits = { { 4, 4 } }, repeats = 21, peers = FILE, rows = FILE } -> rows
+  kv.bench.gpu{ device = "cuda", shapes =, bits = { { 4, 4 } }, codecs =, repeats = 21, peers = FILE, rows = FILE } -> rows
   kv.bench.generate{ model = "smollm2-135m" or "shape:llama-3-8b", device = "cuda", arms =, depths =, batches =, repeats = 5, tokens = 16, rows = FILE } -> rows
   What `kelvin bench` prints.  decode: tokens/s at a depth, bytes of the cache, floor_us (weights and cache once over the
   measured read bandwidth) and share (floor / time).  codecs: every preset; GB/s of f32 source and of stored bytes on one
   thread for encode, decode, dot and accumulate, memcpy's, and whether attention on codes beats decoding a page to f32
   first; ggml: a folder of its libraries, timed in the same run.  eval: tokens/s and the share of the f32 sgemm rate.
-  gpu: decode attention on codes as a share of the read-only ceiling of the same moments, with what limits it; peers: rows of
+  gpu: decode attention on codes as a share of the read-only ceiling of the same moments, with what limits it, and codecs' encode and decode beside a copy; peers: rows of
   tests/bench/gpu_peers.py.  generate: tokens/s of a model on a device by codec, depth and batch, the share of attention and the
   depth from which an arm beats the first.  rows: JSON lines, with a manifest, a table and a plot beside them.]])
 function M.decode(o)
@@ -154,7 +154,7 @@ function M.main(a)
     local model = require("kelvin.model").open(a.model)
     result = M.decode { model = model, calib = a.artifact and model:calibrate { artifact = a.artifact }, arms = arms, depths = depths, repeats = a.repeats, tokens = a.tokens }
   elseif a.what == "codecs" then
-    local dims = numbers("dim", a.dim, 1)
+    local dims = numbers("dim", a.dim or "64", 1)
     result = M.codecs { names = arms, dims = dims, queries = a.queries, repeats = a.repeats, ggml = a.ggml, rows = a.rows }
   elseif a.what == "gpu" then
     local gpu, shapes = require "kelvin.bench_gpu", nil
@@ -162,7 +162,9 @@ function M.main(a)
       shapes = shapes or {}
       shapes[i] = gpu.parse_shape(text)
     end
-    result = M.gpu { device = a.device or "cuda", shapes = shapes, bits = gpu.parse_bits(a.bits), repeats = a.repeats, peers = a.peers, rows = a.rows }
+    if arms and not shapes then shapes = {} end
+    result = M.gpu { device = a.device or "cuda", shapes = shapes, codecs = arms, dims = a.dim and numbers("dim", a.dim, 1), bits = gpu.parse_bits(a.bits),
+      repeats = a.repeats, peers = a.peers, rows = a.rows }
   elseif a.what == "generate" then
     local generate, depths, batches = require "kelvin.bench_generate", numbers("depth", a.depth, 0), numbers("batch", a.batch, 1)
     local model = generate.open(a.model, a.device or "cuda")

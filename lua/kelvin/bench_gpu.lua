@@ -1,9 +1,9 @@
 --- kelvin.bench_gpu: decode attention and encoding on a device, as shares of what its memory gave in the same moments.
 --
 -- One call of the device measures a shape: the read-only ceiling and all bit widths take turns, each with caches in rotation
--- that exceed the second-level cache, each as one graph; medians.  The fixed cost of a form is measured beside it, on caches of
--- one page, so that `limit` is read off numbers: "memory" from 85 % of the ceiling on, "fixed cost" where at least half of what
--- is missing is the time that an empty cache takes too, "instructions" otherwise.
+-- that exceed the second-level cache, each as one graph; medians.  A quarter of the length is measured beside, and the line through
+-- both says what a launch costs before any token (fixed_us) and the rate after that (stream_tb_per_s), so that `limit` is read off
+-- numbers: "memory" from 85 % of the ceiling on, "fixed cost" where that is at least half of what is missing, "instructions" otherwise.
 --
 -- Peers are rows of tests/bench/gpu_peers.py, of the same run on the same device: `ratio` is the best bf16 one's time over ours.
 
@@ -34,11 +34,26 @@ function M.measure(device, cases, repeats)
   return out
 end
 
+-- The ceiling of a call: the best of several grids, since a chip may like any.
+local function ceiling_cases(kind, bytes)
+  local cases = {}
+  for i, blocks in ipairs(kind == "copy" and { 0, 2, 4, 8 } or { 2, 4, 8 }) do cases[i] = ("%s bytes=%d blocks=%d"):format(kind, bytes, blocks) end
+  return cases
+end
+local function fastest(r, from, to)
+  local top = 0
+  for i = from, to do top = math.max(top, r[i].bytes / r[i].us / 1e6) end
+  return top
+end
+
 --- ceilings(device, bytes, repeats): TB/s of a read-only stream and of a copy (bytes read and written).
 function M.ceilings(device, bytes, repeats)
   bytes = bytes or CEILING_BYTES
-  local r = M.measure(device, { ("read bytes=%d"):format(bytes), ("copy bytes=%d"):format(bytes) }, repeats or 9)
-  return { read_tb_per_s = r[1].bytes / r[1].us / 1e6, copy_tb_per_s = r[2].bytes / r[2].us / 1e6, bytes = r[1].bytes }
+  local cases = ceiling_cases("read", bytes)
+  local reads = #cases
+  for _, line in ipairs(ceiling_cases("copy", bytes)) do cases[#cases + 1] = line end
+  local r = M.measure(device, cases, repeats or 9)
+  return { read_tb_per_s = fastest(r, 1, reads), copy_tb_per_s = fastest(r, reads + 1, #r), bytes = r[1].bytes }
 end
 
 -- ---- what is measured
@@ -59,6 +74,9 @@ function M.shapes()
   end
   return list
 end
+
+--- Codecs whose encode and decode are measured when nothing is asked for.
+M.CODECS = { "f16", "q8_0", "q4_0", "turboquant-4", "turboquant-3", "turboquant-2", "turboangle-k8v4log", "kivi-2" }
 
 --- "8x32768x128x8x4": batch, length, head_dim, K/V heads, query heads each; "…r" for ragged lengths of the same sum.
 function M.parse_shape(text)
@@ -87,7 +105,7 @@ function M.shape_name(s)
 end
 
 local function case_of(s, bits, length, ragged, cold)
-  return ("decode bits_k=%d bits_v=%d head_dim=%d n_kv_heads=%d group=%d batch=%d length=%d ragged=%d cold=%d"):format(bits[1], bits[2], s.head_dim, s.n_kv_heads, s.group, s.batch, length,
+  return ("attend bits_k=%d bits_v=%d head_dim=%d n_kv_heads=%d group=%d batch=%d length=%d ragged=%d cold=%d"):format(bits[1], bits[2], s.head_dim, s.n_kv_heads, s.group, s.batch, length,
     ragged and 1 or 0, cold)
 end
 
@@ -98,22 +116,63 @@ local function limit_of(share, us, floor_us, fixed_us)
   return fixed_us >= (us - floor_us) / 2 and "fixed cost" or "instructions"
 end
 
+--- line(x, quarter, ceiling): the line through a length and a quarter of it -> us at no tokens, TB/s along it (never above the ceiling).
+function M.line(x, quarter, ceiling)
+  local slope = (x.us - quarter.us) / (x.bytes - quarter.bytes)            -- us a byte
+  if slope ~= slope or slope * ceiling * 1e6 < 1 then slope = 1 / (ceiling * 1e6) end
+  return math.max(0, x.us - slope * x.bytes), 1 / (slope * 1e6)
+end
+
 --- Rows of a shape, one a pair of bit widths; nil and the reason without a kernel.  size = { ceiling =, cold = } bytes, smaller ones for trials without a device.
 function M.decode(device, s, bits, repeats, size)
-  local cases, cold = { ("read bytes=%d"):format(size and size.ceiling or CEILING_BYTES) }, size and size.cold or COLD_BYTES
+  local cases, cold = ceiling_cases("read", size and size.ceiling or CEILING_BYTES), size and size.cold or COLD_BYTES
+  local reads = #cases
   for _, b in ipairs(bits) do
     cases[#cases + 1] = case_of(s, b, s.length, s.ragged, cold)
-    cases[#cases + 1] = case_of(s, b, math.min(64, s.length), false, cold)
+    cases[#cases + 1] = case_of(s, b, math.max(1, math.floor(s.length / 4)), s.ragged, cold)
   end
   local r, why = M.measure(device, cases, repeats)
   if not r then return nil, why end
-  local ceiling, rows = r[1].bytes / r[1].us / 1e6, {}
+  local ceiling, rows = fastest(r, 1, reads), {}
   for i, b in ipairs(bits) do
-    local x, fixed = r[2 * i], r[2 * i + 1]
-    local floor = x.bytes / ceiling / 1e6
+    local x, quarter = r[reads + 2 * i - 1], r[reads + 2 * i]
+    local floor, fixed, stream = x.bytes / ceiling / 1e6, M.line(x, quarter, ceiling)
     rows[i] = { bench = "decode", k = "scalar", v = "scalar", bits_k = b[1], bits_v = b[2], head_dim = s.head_dim, n_kv_heads = s.n_kv_heads, group = s.group, batch = s.batch, length = s.length,
-      ragged = s.ragged, bytes = x.bytes, us = x.us, us_q1 = x.us_q1, us_q3 = x.us_q3, fixed_us = fixed.us, tb_per_s = x.bytes / x.us / 1e6, ceiling_tb_per_s = ceiling, share = floor / x.us,
-      limit = limit_of(floor / x.us, x.us, floor, fixed.us), copies = x.copies, repeats = repeats, path = x.path }
+      ragged = s.ragged, bytes = x.bytes, us = x.us, us_q1 = x.us_q1, us_q3 = x.us_q3,
+      fixed_us = fixed, stream_tb_per_s = stream, tb_per_s = x.bytes / x.us / 1e6, ceiling_tb_per_s = ceiling, share = floor / x.us,
+      limit = limit_of(floor / x.us, x.us, floor, fixed), copies = x.copies, repeats = repeats, path = x.path }
+  end
+  return rows
+end
+
+local CODEC_SOURCE, CODEC_BOUND = 2 ^ 27, .8        -- bytes of f32 rows; the share of a copy from which memory is the limit
+
+--- Rows of a codec: encode and decode, keys and values, as shares of a copy in the same turns.  nil and the reason where the device lacks it.
+function M.codec(device, name, head_dim, repeats, size)
+  local spec, params = require("kelvin.arm").spec(name), {}
+  for key, value in pairs(spec) do if key ~= 1 then params[key] = value end end
+  local c = require("kelvin.codec").new(spec[1], params)
+  if c.needs_calibration then return nil, ("codec '%s' needs calibration"):format(name) end
+  local ceiling, cold = size and size.ceiling or CEILING_BYTES / 2, size and size.cold or COLD_BYTES
+  local tokens = (size and size.source or CODEC_SOURCE) / (4 * head_dim)
+  local cases, of, room = ceiling_cases("copy", ceiling), {}, 2 ^ 21
+  local line, copies = ffi.new("char[?]", room), #cases
+  for _, side in ipairs { "k", "v" } do
+    for _, what in ipairs { "encode", "decode" } do
+      local status = C.kv_codec_bench_case(c:_instance(head_dim, nil, side), what, tokens, line, room)
+      if status == C.KV_E_UNSUPPORTED then return nil, ffi.string(C.kv_last_error()) end
+      check(status)
+      cases[#cases + 1], of[#cases + 1] = ("%s cold=%d"):format(ffi.string(line), cold), { what, side }
+    end
+  end
+  local r, why = M.measure(device, cases, repeats)
+  if not r then return nil, why end
+  local copy, rows = fastest(r, 1, copies), {}
+  for i = copies + 1, #r do
+    local x, share = r[i], r[i].bytes / r[i].us / 1e6 / copy
+    rows[#rows + 1] = { bench = "codec", what = of[i][1], side = of[i][2], codec = name, family = c.family, bits = c:info_for(head_dim).bits_payload, head_dim = head_dim, length = tokens, bytes = x.bytes,
+      us = x.us, us_q1 = x.us_q1, us_q3 = x.us_q3, tb_per_s = x.bytes / x.us / 1e6, ceiling_tb_per_s = copy, share = share, limit = share >= CODEC_BOUND and "memory" or "instructions", copies = x.copies,
+      repeats = repeats }
   end
   return rows
 end
@@ -145,7 +204,16 @@ function M.table(rows)
         r.ratio and ("%.2fx"):format(r.ratio) or "-" }
     end
   end
-  return require("kelvin.evaltext").aligned(lines)
+  local text = #lines > 1 and require("kelvin.evaltext").aligned(lines) or ""
+  local codecs = { { "codec", "side", "D", "bits", "what", "MB", "us", "TB/s", "of a copy", "limit" } }
+  for _, r in ipairs(rows) do
+    if r.bench == "codec" then
+      codecs[#codecs + 1] = { r.codec, r.side, tostring(r.head_dim), ("%.2f"):format(r.bits), r.what, ("%.0f"):format(r.bytes / 1e6), ("%.1f"):format(r.us), ("%.2f"):format(r.tb_per_s),
+        ("%.1f %%"):format(100 * r.share), r.limit }
+    end
+  end
+  if #codecs > 1 then text = text .. (text ~= "" and "\n\n" or "") .. require("kelvin.evaltext").aligned(codecs) end
+  return text
 end
 
 -- ---- plots: pure functions of rows
@@ -218,7 +286,7 @@ function M.write(path, rows, run, files)
   for _, f in ipairs(files) do results.write(stem .. "." .. f[1], f[2]) end
 end
 
---- run{ device =, shapes =, bits =, repeats =, peers = path, rows = path, size = } -> rows, and run.json, table.md and share.svg beside `rows`.
+--- run{ device =, shapes =, bits =, codecs = { names }, dims = { 128 }, repeats =, peers = path, rows = path, size = } -> rows, and run.json, table.md and share.svg beside `rows`.
 function M.run(o)
   local device = o.device or "cuda"
   local run = M.device_facts(device)
@@ -234,17 +302,23 @@ function M.run(o)
     run.peers = peers[1] and { torch = peers[1].torch, cudnn = peers[1].cudnn, flashinfer = peers[1].flashinfer, device = peers[1].device }
   end
   run.ceilings = M.ceilings(device, o.size and o.size.ceiling, repeats)
-  local rows = {}
-  for i, s in ipairs(shapes) do
-    log.progress((i - 1) / #shapes, M.shape_name(s))
-    local measured, why = M.decode(device, s, bits, repeats, o.size)
+  local rows, codecs = {}, o.codecs or not o.shapes and M.CODECS or {}
+  local function add(name, measured, why)
     for _, row in ipairs(measured or {}) do rows[#rows + 1] = row end
     if not measured then
       run.unsupported = run.unsupported or json.array {}
-      table.insert(run.unsupported, { shape = M.shape_name(s), reason = why })
-      log.warn("%s: %s", M.shape_name(s), why)
+      table.insert(run.unsupported, { what = name, reason = why })
+      log.warn("%s: %s", name, why)
     end
     if C.kv_interrupted() == 1 then check.fail("interrupted") end
+  end
+  for i, s in ipairs(shapes) do
+    log.progress((i - 1) / #shapes, M.shape_name(s))
+    add(M.shape_name(s), M.decode(device, s, bits, repeats, o.size))
+  end
+  for i, name in ipairs(codecs) do
+    log.progress((i - 1) / #codecs, name)
+    for _, head_dim in ipairs(o.dims or { 128 }) do add(name, M.codec(device, name, head_dim, repeats, o.size)) end
   end
   log.clear()
   if peers then M.join(rows, peers) end

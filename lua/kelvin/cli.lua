@@ -152,11 +152,11 @@ local function parser()
     one_of("bench", "decode", "codecs", "eval", "gpu", "generate"))
   bench:argument("model", "A model's name or a .gguf file (default: " .. DEFAULT_MODEL .. "); for generate also shape:llama-3-8b, of random weights."):args "?":argname "MODEL"
   bench:option("--depth", "Depths of the cache, for decode and generate."):default "0,4096":argname "N,N"
-  bench:option("--arm", "Cache setting; again for more (decode: f16, q8_0, turboquant-4)."):count "*":argname "ARM"
+  bench:option("--arm", "Cache setting; again for more (decode: f16, q8_0, turboquant-4; gpu: codecs to encode and decode)."):count "*":argname "ARM"
   bench:option("--repeats", "Interleaved repeats; medians are shown (5; gpu 21)."):convert(positive "--repeats"):argname "N"
   bench:option("--tokens", "Tokens a repeat."):convert(positive "--tokens"):default "16":argname "N"
   bench:option("--artifact", "Calibration of `kelvin calibrate`, for calibrated codecs in decode."):argname "FILE"
-  bench:option("--dim", "head_dims, for codecs."):default "64":argname "N,N"
+  bench:option("--dim", "head_dims, for codecs (64) and for --arm in gpu (128)."):argname "N,N"
   bench:option("--queries", "Query heads of a K/V head, for codecs."):convert(positive "--queries"):default "4":argname "N"
   bench:option("--ggml", "Folder of libggml-base.so and libggml-cpu.so, timed in the same run, for codecs."):argname "DIR"
   bench:option("--rows", "Write rows as JSON lines, for codecs, gpu and generate (these with a manifest, a table and a plot beside them)."):argname "FILE"

@@ -1,7 +1,7 @@
 #!/bin/sh
 # sanitize.sh -- the GPU programs and specs under compute-sanitizer: memcheck, racecheck, initcheck.  `make gpu-sanitize` calls it.
-#   sanitize.sh FOLDER [TOOL...]      FOLDER: of the programs (attend_check, user_kernel); KELVIN_TEST: the runner of specs, or nothing
-# A line a tool and target, PASS or FAIL with the first finding; exits 1 when one failed, 2 when the tool is not here.
+#   sanitize.sh FOLDER[:FOLDER] [TOOL...]      folders of the programs; KELVIN_TEST: the runner of specs, or nothing
+# A line a tool and target: PASS, FAIL with the first finding, or SKIP; exits 1 when one failed, 2 when the tool is not here.
 here=$(cd "$(dirname "$0")" && pwd)
 programs=${1:?sanitize.sh: the folder of the programs is needed}
 shift
@@ -25,9 +25,10 @@ run() { # tool, name, command...
     fi
 }
 for tool in $tools; do
-    for p in attend_check user_kernel; do
-        [ -x "$programs/$p" ] || { echo "SKIP $tool $p: not built"; continue; }
-        case $p in attend_check) run "$tool" $p "$programs/$p" small ;; *) run "$tool" $p "$programs/$p" ;; esac
+    for p in "attend_check small" user_kernel language_check "test_device_cache cuda"; do
+        path=
+        for folder in $(echo "$programs" | tr : ' '); do [ ! -x "$folder/${p%% *}" ] || path=$folder; done
+        if [ -n "$path" ]; then run "$tool" "${p%% *}" $path/$p; else echo "SKIP $tool ${p%% *}: not built"; fi
     done
     if [ -n "$KELVIN_TEST" ]; then
         for spec in ${SANITIZE_SPECS:-$(cd "$here" && ls ./*_spec.lua | grep -v attend_spec | sed 's,^\./,tests/cuda/,')}; do run "$tool" "$spec" $KELVIN_TEST "$spec"; done

@@ -91,7 +91,10 @@ describe("bench gpu", function()
       end
       local tile = 128 * 32 * (4 + 4) / 8 + 128                               -- codes and norms of 32 tokens; 192 tokens are six tiles, or seven where the cut falls between
       assert(rows[1].bytes == 6 * tile or rows[1].bytes == 7 * tile, rows[1].bytes)
-      local message = h.fails(function() gpu.measure("emulated", { "decode bits_k=4" }, 1) end)
+      local codecs = assert(gpu.codec("emulated", "f16", 64, 1, { ceiling = 2 ^ 16, cold = 0, source = 2 ^ 14 }))
+      assert.equal(4, #codecs)
+      for _, r in ipairs(codecs) do assert.equal(64 * 64 * (4 + 2), r.bytes) end
+      local message = h.fails(function() gpu.measure("emulated", { "attend bits_k=4" }, 1) end)
       assert(message:find("bits_v= is missing", 1, true), message)
     end)
   end
