@@ -46,24 +46,21 @@ def first_line(e):
 
 
 def prepare(torch, shapes, peers):
-    """FlashInfer compiles a module per head_dim and cache type with nvcc: all at once, since each leaves cores idle."""
-    from concurrent.futures import ThreadPoolExecutor
+    """FlashInfer compiles a module per head_dim and cache type with nvcc: all of them in one ninja, since several in its one folder spoil
+    each other's log, and what is compiled is not compiled again."""
+    from flashinfer.jit import core
     from flashinfer.jit.attention.modules import gen_batch_prefill_module
+    build = core.JitSpec.build
+    core.JitSpec.build = lambda spec, *args, **more: None if spec.jit_library_path.exists() else build(spec, *args, **more)
     kinds = {"flashinfer_bf16": torch.bfloat16, "flashinfer_fp8": torch.float8_e4m3fn}
-    wanted = sorted({(s["head_dim"], p) for s in shapes for p in peers if p in kinds})
-
-    def one(item):
-        head_dim, peer = item
+    specs = []
+    for head_dim, peer in sorted({(s["head_dim"], p) for s in shapes for p in peers if p in kinds}):
+        specs.append(gen_batch_prefill_module("fa2", torch.bfloat16, kinds[peer], torch.bfloat16, torch.int32, head_dim, head_dim, 0, False, False, False))
+    missing = [s for s in specs if not s.jit_library_path.exists()]
+    if missing:
         t = time.time()
-        try:
-            gen_batch_prefill_module("fa2", torch.bfloat16, kinds[peer], torch.bfloat16, torch.int32, head_dim, head_dim, 0, False, False, False).build(False)
-            said = f"{time.time() - t:.0f} s"
-        except Exception as e:
-            said = first_line(e)
-        return f"{peer} head_dim {head_dim}: {said}"
-    with ThreadPoolExecutor(max(1, len(wanted))) as pool:
-        for line in pool.map(one, wanted):
-            print("gpu_peers: compile", line, file=sys.stderr)
+        core.build_jit_specs(missing)
+        print(f"gpu_peers: {len(missing)} kernels of FlashInfer compiled in {time.time() - t:.0f} s", file=sys.stderr)
 
 
 class Caches:
