@@ -46,6 +46,26 @@ describe("bench gpu", function()
     assert.same({ { 4, 4 }, { 2, 2 }, { 4, 2 } }, gpu.parse_bits "4,2,4/2")
   end)
 
+  it("reads the fixed cost and the rate off two lengths, and no rate above the ceiling", function()
+    local fixed, rate = gpu.line({ us = 30, bytes = 4e7 }, { us = 15, bytes = 1e7 }, 4)
+    h.close(fixed, 10, 1e-9)
+    h.close(rate, 2, 1e-9)
+    fixed, rate = gpu.line({ us = 30, bytes = 4e7 }, { us = 29, bytes = 1e7 }, 4)
+    h.close(fixed, 20, 1e-9)
+    h.close(rate, 4, 1e-9)
+  end)
+
+  it("writes a codec's case as text, or says what is missing", function()
+    local codec = require "kelvin.codec"
+    local c, line = codec.new("f16"):_instance(64, nil, "k"), K.ffi.new "char[1000]"
+    require "kelvin.check"(K.C.kv_codec_bench_case(c, "encode", 128, line, 1000))
+    assert(K.ffi.string(line):find("^encode family=raw tokens=128 head_dim=64 .* pod=%x+$"), K.ffi.string(line))
+    for _, case in ipairs { { "fold", 1000, "'fold' is neither encode nor decode" }, { "decode", 20, "20 given" } } do
+      local message = h.fails(function() require "kelvin.check"(K.C.kv_codec_bench_case(c, case[1], 128, line, case[2])) end)
+      assert(message:find(case[3], 1, true), message)
+    end
+  end)
+
   it("joins the best bf16 peer of a shape, and leaves out those that failed", function()
     local function peer(name, us, status, batch) return { peer = name, us = us, status = status, batch = batch or 1, length = 4096, head_dim = 128, n_kv_heads = 8, group = 4 } end
     local rows = gpu.join({ row(4, 4096, 20), row(4, 8192, 30) }, { peer("sdpa_flash", 70, "ok"), peer("sdpa_cudnn", 60, "ok"), peer("flashinfer_bf16", 10, "wrong"),
@@ -134,4 +154,14 @@ describe("bench generate", function()
       assert(not ok and out:find(case[2], 1, true) and not out:find "\n", case[1] .. ": " .. out)
     end
   end)
+
+  local name = "decodes a tiny model of random weights, on the emulator"
+  local known, d = pcall(lib.device, "emulated")
+  if not known or not d.available then pending(name .. " (no libkelvin_emulated.so: make emulated)") else
+    it(name, function()
+      local rows = generate.run { model = "shape:tiny", device = "emulated", arms = { "f16" }, depths = { 40 }, repeats = 1, tokens = 1 }
+      assert.equal(1, #rows)
+      assert(rows[1].us > 0 and rows[1].cache_bytes > 40 * 2 * 2 * 64 * 2 * 2 and rows[1].status == "ok", tostring(rows))
+    end)
+  end
 end)
