@@ -3,11 +3,14 @@
 #include <cstring>
 #include "codecs/fp.cuh"
 #include "codecs/int.cuh"
+#include "codecs/nuq.cuh"
+#include "codecs/pca.cuh"
 #include "codecs/polar.cuh"
 #include "codecs/raw.cuh"
 #include "codecs/scalar.cuh"
+#include "codecs/wf.cuh"
 
-#define KV_DEVICE_CODECS(X) X(raw) X(scalar) X(int) X(fp) X(polar)
+#define KV_DEVICE_CODECS(X) X(raw) X(scalar) X(int) X(fp) X(polar) X(nuq) X(pca) X(wf)
 
 namespace kelvin {
 

@@ -23,6 +23,7 @@
 #include "../calib.h"
 #include "../vecmath.h"
 #include "fp_rows.h"
+#include "nuq_device.h"
 
 enum { P_BITS, P_OUTLIERS, P_SPAN, P_LEVELS };
 enum { LEVELS_KMEANS, LEVELS_UNIFORM };
@@ -426,10 +427,35 @@ static void nuq_output(const kv_codec *c, const float *acc, int n_q, float *out,
     for (int g = 0; g < n_q; g++) memcpy(out + g * ld, acc + g * c->space_dim, (size_t)c->head_dim * sizeof(float));
 }
 
+static int fill_device(const kv_codec *c, kv_pod *pod)
+{
+    const nuq_state *s = state_of(c);
+    const size_t row = sizeof(float) * (size_t)c->head_dim;
+    struct nuq_device d = { .bits = s->bits, .n_levels = s->n_levels, .span = s->span, .cap = s->cap, .row_bytes = (uint32_t)s->rows.row_bytes,
+        .zeros_at = (uint32_t)s->zeros_at, .scales_at = (uint32_t)s->scales_at, .lists_at = (uint32_t)s->lists_at, .list_bytes = (uint32_t)s->list_bytes };
+    uint32_t start;
+    memcpy(d.level, s->level, sizeof d.level);
+    memcpy(d.bound, s->bound, sizeof d.bound);
+    FORWARD_IF_ERROR(kv_pod_add(pod, &d, sizeof d, &start));
+    if (!s->zero) return KV_OK;
+    FORWARD_IF_ERROR(kv_pod_add(pod, s->zero, row, &d.at_zero));
+    FORWARD_IF_ERROR(kv_pod_add(pod, s->scale, row, &d.at_scale));
+    FORWARD_IF_ERROR(kv_pod_add(pod, s->inverse, row, &d.at_inverse));
+    memcpy(pod->data, &d, sizeof d);
+    return KV_OK;
+}
+
+static int nuq_on_device(const kv_codec *c, void **out, size_t *bytes)
+{
+    kv_pod pod = { 0 };
+    const int status = fill_device(c, &pod);
+    return kv_pod_done(&pod, status, out, bytes);
+}
+
 const kv_codec_ops kv_codec_nuq = {
     .name = "nuq", .about = "calibrated non-uniform levels, keys per channel, values per token, outliers in a bounded list",
     .source = "KVQuant, arXiv 2401.18079, section 3",
     .params = params, .n_params = 4, .format = 1, .caps = KV_CAP_KEYS | KV_CAP_VALUES | KV_CAP_CALIBRATED, .state_size = sizeof(nuq_state),
     .calibrate = nuq_calibrate, .init = nuq_init, .fini = nuq_fini, .encode = nuq_encode, .decode = nuq_decode,
-    .query = nuq_query, .dot = nuq_dot, .accumulate = nuq_accumulate, .output = nuq_output,
+    .query = nuq_query, .dot = nuq_dot, .accumulate = nuq_accumulate, .output = nuq_output, .device = nuq_on_device,
 };

@@ -22,6 +22,7 @@
 #include "../eigen.h"
 #include "../kvtc.h"
 #include "../vecmath.h"
+#include "pca_device.h"
 
 enum { P_BITS, P_TYPES, P_SCALE, P_ALLOCATE };
 enum { TYPES_FINE, TYPES_PAPER, TYPES_E4M3 };
@@ -361,11 +362,45 @@ static int pca_fit_bits(kv_codec *c, double target)
     return KV_OK;
 }
 
+static int fill_device(const kv_codec *c, kv_pod *pod)
+{
+    const pca_state *s = c->state;
+    const kvtc_plan *p = &s->plan;
+    const size_t dim = (size_t)c->head_dim, rank = (size_t)p->rank;
+    struct pca_device d = { .rank = p->rank, .n_blocks = p->n_blocks, .n_headers = p->n_headers, .fixed = p->fixed, .code_bits = p->code_bits,
+        .row_bytes = (uint32_t)p->row_bytes, .forward_ld = (uint32_t)s->forward_ld, .back_ld = (uint32_t)s->back_ld };
+    struct pca_device_block block[MAX_RANK] = { { 0 } };
+    struct pca_device_component component[MAX_RANK] = { { 0 } };
+    uint32_t start;
+    RETURN_ERROR_IF(p->n_headers > PCA_DEVICE_HEADERS, KV_E_UNSUPPORTED, "codec 'pca': tables of %d blocks with shift and scale have no device form (at most %d)", p->n_headers, PCA_DEVICE_HEADERS);
+    for (int b = 0, bit = 0, header = 0; b < p->n_blocks; b++) {
+        const kvtc_block k = p->block[b];
+        const int with = k.type != KVTC_NONE && k.type != KVTC_E4M3 && !p->fixed ? header++ : -1, bits = k.type == KVTC_E4M3 ? 8 : k.type;
+        block[b] = (struct pca_device_block){ k.start, k.size, k.type, with };
+        for (int i = k.start; i < k.start + k.size; i++, bit += bits) component[i] = (struct pca_device_component){ s->step[i], k.type, with, bit };
+    }
+    FORWARD_IF_ERROR(kv_pod_add(pod, &d, sizeof d, &start));
+    FORWARD_IF_ERROR(kv_pod_add(pod, s->mean, sizeof(float) * dim, &d.at_mean));
+    FORWARD_IF_ERROR(kv_pod_add(pod, block, sizeof *block * (size_t)p->n_blocks, &d.at_block));
+    FORWARD_IF_ERROR(kv_pod_add(pod, component, sizeof *component * rank, &d.at_component));
+    FORWARD_IF_ERROR(kv_pod_add(pod, s->forward, sizeof(float) * dim * s->forward_ld, &d.at_forward));
+    FORWARD_IF_ERROR(kv_pod_add(pod, s->back, sizeof(float) * rank * s->back_ld, &d.at_back));
+    memcpy(pod->data, &d, sizeof d);
+    return KV_OK;
+}
+
+static int pca_on_device(const kv_codec *c, void **out, size_t *bytes)
+{
+    kv_pod pod = { 0 };
+    const int status = fill_device(c, &pod);
+    return kv_pod_done(&pod, status, out, bytes);
+}
+
 const kv_codec_ops kv_codec_pca = {
     .name = "pca", .about = "principal components of each head, bits allotted by dynamic programming",
     .source = "KVTC, arXiv 2511.01815, section 3, with one basis per head; fixed-size rows in place of DEFLATE",
     .params = params, .n_params = sizeof params / sizeof *params,
     .format = 1, .caps = KV_CAP_KEYS | KV_CAP_VALUES | KV_CAP_CALIBRATED, .state_size = sizeof(pca_state),
     .calibrate = pca_calibrate, .init = pca_init, .fini = pca_fini, .encode = pca_encode, .decode = pca_decode,
-    .query = pca_query, .dot = pca_dot, .accumulate = pca_accumulate, .output = pca_output, .fit_bits = pca_fit_bits,
+    .query = pca_query, .dot = pca_dot, .accumulate = pca_accumulate, .output = pca_output, .device = pca_on_device, .fit_bits = pca_fit_bits,
 };

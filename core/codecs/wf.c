@@ -31,6 +31,7 @@
 #include <math.h>
 #include <pthread.h>
 #include "wf.h"
+#include "wf_device.h"
 #include "../calib.h"
 
 enum { PASSES = 2, LOG_ONE = 128, LOG_STEPS = 24 };
@@ -477,11 +478,51 @@ static void accumulate_c(const kv_codec *c, const uint8_t *page, int n_tokens, c
 
 const wf_level wf_c = { dense_c, query_c, dot_c, accumulate_c };
 
+static int fill_device(const kv_codec *c, kv_pod *pod, struct wf_device *d)
+{
+    const wf_state *s = c->state;
+    const int keys = c->side == KV_SIDE_K;
+    const size_t dim = (size_t)c->head_dim, row_ld = kv_round_up(dim, 16);
+    uint32_t start;
+    *d = (struct wf_device){ .n = s->n, .padded = s->padded, .unit = wf_unit(c->side), .n_units = s->n / wf_unit(c->side), .n_tiles = s->n_tiles,
+        .log8 = s->scale_mode == WF_SCALE_LOG8, .search = s->search, .tile_bytes = (uint32_t)s->tile_bytes, .n_rows = (uint32_t)(s->tile_bytes / 64),
+        .scales = (uint32_t)s->scales, .row_ld = (uint32_t)row_ld };
+    memcpy(d->factor, s->factor, sizeof d->factor);
+    memcpy(d->width, s->width, sizeof d->width);
+    for (int k = 0, at = 0; k < d->n_units && keys; at += s->width[k++]) {
+        d->bit[k] = (uint16_t)at;
+        for (int r = (at + 7) / 8; 8 * r < at + s->width[k]; r++) d->first[r] = (uint8_t)k;
+    }
+    for (int i = 0; i < s->n_tiles && !keys; i++) d->tile[i] = (uint32_t)s->tile[i];
+    memcpy(d->scale, s->tables->scale, sizeof d->scale);
+    memcpy(d->between, s->tables->between, sizeof d->between);
+    for (int w = 0; w <= WF_MAX_BITS; w++) {
+        memcpy(d->centroid[w], s->tables->book[w].centroid, sizeof d->centroid[w]);
+        memcpy(d->bound[w], s->tables->book[w].bound, sizeof d->bound[w]);
+    }
+    FORWARD_IF_ERROR(kv_pod_add(pod, d, sizeof *d, &start));
+    FORWARD_IF_ERROR(kv_pod_add(pod, s->sigma, sizeof(float) * (size_t)s->padded, &d->at_sigma));
+    FORWARD_IF_ERROR(kv_pod_add(pod, s->analysis, sizeof(float) * dim * (size_t)s->padded, &d->at_analysis));
+    FORWARD_IF_ERROR(kv_pod_add(pod, s->rows, sizeof(float) * (size_t)s->n * row_ld, &d->at_rows));
+    memcpy(pod->data, d, sizeof *d);
+    return KV_OK;
+}
+
+static int wf_on_device(const kv_codec *c, void **out, size_t *bytes)
+{
+    kv_pod pod = { 0 };
+    struct wf_device *d = kv_alloc(sizeof *d);
+    if (!d) return KV_E_NOMEM;
+    const int status = fill_device(c, &pod, d);
+    kv_free(d);
+    return kv_pod_done(&pod, status, out, bytes);
+}
+
 const kv_codec_ops kv_codec_wf = {
     .name = "wf", .about = "calibrated basis under the queries' weight, water-filled bits, attended without decoding",
     .source = "reverse water-filling: Cover and Thomas, section 10.3.3; page-relative keys: docs/codecs.md",
     .params = params, .n_params = sizeof params / sizeof *params, .format = 1, .caps = KV_CAP_KEYS | KV_CAP_VALUES | KV_CAP_CALIBRATED,
     .state_size = sizeof(wf_state), .calibrate = wf_calibrate,
     .init = wf_init, .fini = wf_fini, .encode = wf_encode, .decode = wf_decode,
-    .query = wf_query, .dot = wf_dot, .accumulate = wf_accumulate, .output = wf_output, .fit_bits = wf_fit_bits,
+    .query = wf_query, .dot = wf_dot, .accumulate = wf_accumulate, .output = wf_output, .device = wf_on_device, .fit_bits = wf_fit_bits,
 };
