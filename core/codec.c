@@ -431,16 +431,16 @@ void kv_tile_accumulate(const kv_codec *c, const uint8_t *page, int n_tokens, co
 enum { DECODED_FLOATS = 8192 };                        /* 32 KB: of a first cache level of 32 to 48 */
 
 /* Whole granules, or a codec of groups along tokens would decode them again and again. */
-static int decoded_step(const kv_codec *c)
+static int decoded_step(const kv_codec *c, int tokens)
 {
-    const int step = kv_min(DECODED_FLOATS / c->head_dim, c->page_tokens);
+    const int step = kv_min(kv_min(DECODED_FLOATS / c->head_dim, tokens), c->page_tokens);
     return step > c->granule ? step / c->granule * c->granule : step;
 }
 
 void kv_decoded_dot(const kv_codec *c, const uint8_t *page, int n_tokens, const float *q, int64_t q_ld, int n_q, float *scores, int64_t ld)
 {
     _Alignas(64) float tile[DECODED_FLOATS];
-    const int step = decoded_step(c), dim = c->head_dim;
+    const int dim = c->head_dim, step = decoded_step(c, kv_max(32, DECODED_FLOATS / 2 / dim));  /* queries take their share of the cache */
     for (int t = 0; t < n_tokens; t += step) {
         const int n = kv_min(step, n_tokens - t);
         c->ops->decode(c, page, t, n, tile, dim);
@@ -451,7 +451,7 @@ void kv_decoded_dot(const kv_codec *c, const uint8_t *page, int n_tokens, const 
 void kv_decoded_accumulate(const kv_codec *c, const uint8_t *page, int n_tokens, const float *p, int64_t ld, int n_q, float *acc)
 {
     _Alignas(64) float tile[DECODED_FLOATS];
-    const int step = decoded_step(c), dim = c->head_dim;
+    const int step = decoded_step(c, KV_MAX_PAGE), dim = c->head_dim;
     for (int t = 0; t < n_tokens; t += step) {
         const int n = kv_min(step, n_tokens - t);
         c->ops->decode(c, page, t, n, tile, dim);

@@ -96,7 +96,7 @@ int  kv_pod_done(kv_pod *p, int status, void **out, size_t *bytes);
 void kv_tile_dot(const kv_codec *c, const uint8_t *page, int n_tokens, const float *q, int64_t q_ld, int n_q, float *scores, int64_t ld, float *scratch);
 void kv_tile_accumulate(const kv_codec *c, const uint8_t *page, int n_tokens, const float *p, int64_t ld, int n_q, float *acc /* [n_q][head_dim] */, float *scratch);
 
-/* dot and accumulate of a codec whose space is that of its rows, by decoding 32 KB at a time: for so many queries that unpacking
+/* dot and accumulate of a codec whose space is that of its rows, by decoding up to 32 KB at a time: for so many queries that unpacking
  * the codes anew for every few of them costs more than decoding them once. */
 void kv_decoded_dot(const kv_codec *c, const uint8_t *page, int n_tokens, const float *q, int64_t q_ld, int n_q, float *scores, int64_t ld);
 void kv_decoded_accumulate(const kv_codec *c, const uint8_t *page, int n_tokens, const float *p, int64_t ld, int n_q, float *acc);

@@ -2,15 +2,15 @@
 -- follows is held against what it says with the cache it had.  Presets, and the paper's ablations (arXiv 2511.01815, T.6 to T.17).
 --
 --   kelvin lua experiments/kvtc.lua text=FILE calib=FILE [model=smollm2-135m] [context=1024] [score=96] [chunks=6] [rows=6144]
---          [only=presets,types,...] [threads=N] [out=DIR] [name=NAME]
+--          [only=presets,types,...] [part=1/4] [threads=N] [out=DIR] [name=NAME]
 --
--- groups (only=): presets, budget (keys against values), types, window, sinks, stage, layers, rope, weight, rows, svd.  Every arm of a group stands
+-- part=I/N: arms I, I+N, I+2N, ... of what is left.  groups (only=): presets, budget (keys against values), types, window, sinks, stage, layers, rope, weight, rows, svd.  Every arm of a group stands
 -- on `base`: kvtc-16x, all layers and heads in one basis, sinks 4, window 128, deflate.  Ratios count everything: coded
 -- tokens with their headers and index; then with sinks and window; then with the tables, once.
 local kv = require "kelvin"
 
 local o = { model = "smollm2-135m", context = "1024", score = "96", chunks = "6", rows = "6144", calib_context = "1024", only = "", out = "results/scratch/kvtc" }
-local allowed = { text = true, calib = true, threads = true, name = true }
+local allowed = { text = true, calib = true, threads = true, name = true, part = true }
 for name in pairs(o) do allowed[name] = true end
 for _, word in ipairs(arg) do
   local name, value = word:match "^([%w_]+)=(.+)$"
@@ -85,6 +85,14 @@ if o.only ~= "" then
     if not known[group] then error(("kvtc: only=%s is no group"):format(group), 0) end
     for _, a in ipairs(arms) do if a.group == group then chosen[#chosen + 1] = a end end
   end
+  arms = chosen
+end
+if o.part then
+  local i, n = o.part:match "^(%d+)/(%d+)$"
+  i, n = tonumber(i), tonumber(n)
+  if not i or i < 1 or i > n then error(("kvtc: part=%s is not I/N with I from 1 to N"):format(o.part), 0) end
+  local chosen = {}
+  for k = i, #arms, n do chosen[#chosen + 1] = arms[k] end
   arms = chosen
 end
 
@@ -257,7 +265,7 @@ local function save()
     "f16 bytes over stored ones: coded tokens, all tokens, tables counted. KLD in nats against the cache that stayed.", table.concat(cells, "\n")))
   local b = kv.build()
   write(name .. ".json", kv.json.encode { experiment_sha256 = digests.experiment, model = { name = model.name, sha256 = digests.model }, text_sha256 = digests.text,
-    calibration = calib:describe(), context = context, score = n_score, chunks = n_chunks, rows = n_rows, only = o.only, threads = kv.threads(), seconds = kv.now() - t_start,
+    calibration = calib:describe(), context = context, score = n_score, chunks = n_chunks, rows = n_rows, only = o.only, part = o.part, threads = kv.threads(), seconds = kv.now() - t_start,
     code = { version = b.version, abi_hash = b.abi_hash, flags = b.flags }, host = { cpu = b.cpu, simd = b.simd } } .. "\n")
 end
 

@@ -260,7 +260,7 @@ static void fp_query(const kv_codec *c, const float *q, int64_t ld, int n_q, voi
 }
 
 /* Queries from which decoding first is faster: codes are unpacked, and times their groups' scales, for every four of them. */
-enum { MANY_SCALED = 5, MANY = 9 };
+enum { MANY_SCALED = 5, MANY_BYTES = 6 /* sums; bytes cost more to unpack than an index */, MANY = 9 };
 
 static void fp_dot(const kv_codec *c, const uint8_t *page, int n_tokens, const void *prepared, int n_q, float *scores, int64_t ld)
 {
@@ -280,7 +280,7 @@ static void fp_accumulate(const kv_codec *c, const uint8_t *page, int n_tokens, 
 {
     const fp_state *s = state_of(c);
     tile t;
-    if (n_q >= MANY) {
+    if (n_q >= (fp_bits(s->rows.kind) == 8 ? MANY_BYTES : MANY)) {
         kv_decoded_accumulate(c, page, n_tokens, p, ld, n_q, acc);
         return;
     }

@@ -454,8 +454,10 @@ static void int_query(const kv_codec *c, const float *q, int64_t ld, int n_q, vo
     }
 }
 
-/* Queries from which decoding first is faster: the kernels unpack for every four (fixed point) or multiply widened bytes. */
-static int many(const int_state *s) { return s->interleaved ? INT32_MAX : s->fixed ? 13 : 9; }
+/* Queries from which decoding first is faster: the kernels unpack for every four (fixed point) or multiply widened bytes; decoding
+ * groups along tokens has rows to transpose. */
+static int many_dot(const int_state *s) { return s->interleaved || s->fixed ? INT32_MAX : s->along_tokens ? 17 : 9; }
+static int many_accumulate(const int_state *s) { return s->interleaved ? INT32_MAX : s->fixed ? 13 : 9; }
 
 /* Along tokens the roles change: a granule's scores are sums over its rows (channels) weighted by the query, and its
  * output channels are dot products of rows with the weights of its tokens. */
@@ -464,7 +466,7 @@ static void int_dot(const kv_codec *c, const uint8_t *page, int n_tokens, const 
     const int_state *s = state_of(c);
     const int64_t q_ld = (int64_t)(c->query_bytes / sizeof(float));
     const float *q = prepared;
-    if (n_q >= many(s) && !s->fixed) {
+    if (n_q >= many_dot(s)) {
         kv_decoded_dot(c, page, n_tokens, q, q_ld, n_q, scores, ld);
         return;
     }
@@ -488,7 +490,7 @@ static void int_dot(const kv_codec *c, const uint8_t *page, int n_tokens, const 
 static void int_accumulate(const kv_codec *c, const uint8_t *page, int n_tokens, const float *p, int64_t ld, int n_q, float *acc)
 {
     const int_state *s = state_of(c);
-    if (n_q >= many(s)) {
+    if (n_q >= many_accumulate(s)) {
         kv_decoded_accumulate(c, page, n_tokens, p, ld, n_q, acc);
         return;
     }

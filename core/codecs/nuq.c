@@ -361,18 +361,19 @@ static void nuq_query(const kv_codec *c, const float *q, int64_t ld, int n_q, vo
     for (int g = 0; g < n_q; g++, q += ld) {
         uint8_t *p = (uint8_t *)prepared + (size_t)g * c->query_bytes;
         float *base = (float *)p, *scaled = (float *)(p + 64);
-        double sum = 0;
-        for (int i = 0; i < c->head_dim; i++) {
-            scaled[i] = s->zero ? q[i] * s->scale[i] : q[i];
-            sum += s->zero ? (double)q[i] * s->zero[i] : 0;
-        }
-        *base = (float)sum;
+        double sum[4] = { 0 };                             /* one would wait for its last addition at every channel */
+        for (int i = 0; i < c->head_dim; i++) scaled[i] = s->zero ? q[i] * s->scale[i] : q[i];
+        for (int i = 0; s->zero && i + 4 <= c->head_dim; i += 4)
+            for (int j = 0; j < 4; j++) sum[j] += (double)q[i + j] * s->zero[i + j];
+        for (int i = c->head_dim & ~3; s->zero && i < c->head_dim; i++) sum[0] += (double)q[i] * s->zero[i];
+        *base = (float)(sum[0] + sum[1] + (sum[2] + sum[3]));
         memcpy(p + 64 + row, q, (size_t)c->head_dim * sizeof(float));
     }
 }
 
 /* Queries from which decoding first is faster: codes are unpacked for every four of them, outliers put right for each. */
-static int many(const nuq_state *s) { return s->cap ? 8 : 17; }
+static int many_dot(const nuq_state *s) { return s->cap ? 8 : 21; }
+static int many_accumulate(const kv_codec *c) { return state_of(c)->cap ? 8 : c->head_dim < 128 ? 16 : 21; }
 
 static void nuq_dot(const kv_codec *c, const uint8_t *page, int n_tokens, const void *prepared, int n_q, float *scores, int64_t ld)
 {
@@ -380,7 +381,7 @@ static void nuq_dot(const kv_codec *c, const uint8_t *page, int n_tokens, const 
     const int64_t q_ld = (int64_t)(c->query_bytes / sizeof(float)), q_at = (int64_t)(kv_round_up((size_t)c->head_dim * sizeof(float), 64) / sizeof(float)) + 16;
     const float *q = prepared;
     float one[FP_TILE];
-    if (n_q >= many(s)) {
+    if (n_q >= many_dot(s)) {
         kv_decoded_dot(c, page, n_tokens, q + q_at, q_ld, n_q, scores, ld);
         return;
     }
@@ -403,7 +404,7 @@ static void nuq_accumulate(const kv_codec *c, const uint8_t *page, int n_tokens,
     const nuq_state *s = state_of(c);
     const int d = c->head_dim;
     float zero[KV_MAX_PAGE], scale[KV_MAX_PAGE];
-    if (n_q >= many(s)) {
+    if (n_q >= many_accumulate(c)) {
         kv_decoded_accumulate(c, page, n_tokens, p, ld, n_q, acc);
         return;
     }

@@ -65,17 +65,21 @@ static void raw_query(const kv_codec *c, const float *q, int64_t ld, int n_q, vo
         memcpy((uint8_t *)prepared + (size_t)g * c->query_bytes, q + g * ld, (size_t)c->head_dim * sizeof(float));
 }
 
+/* Queries from which 16-bit values are widened once for all of them, not for every four. */
+static int many(const kv_codec *c) { return raw_type(c) == KV_F32 ? INT32_MAX : raw_type(c) == KV_F16 && c->head_dim < 128 ? 9 : 13; }
+
 static void raw_dot(const kv_codec *c, const uint8_t *page, int n_tokens, const void *prepared, int n_q, float *scores, int64_t ld)
 {
+    if (n_q >= many(c)) {
+        kv_decoded_dot(c, page, n_tokens, prepared, (int64_t)(c->query_bytes / sizeof(float)), n_q, scores, ld);
+        return;
+    }
     kv_rows_dot(raw_type(c), page, c->head_dim, n_tokens, c->head_dim, prepared, (int64_t)(c->query_bytes / sizeof(float)), n_q, scores, ld);
 }
 
-/* Queries from which 16-bit values are widened once for all of them, not for every four. */
-enum { MANY = 13 };
-
 static void raw_accumulate(const kv_codec *c, const uint8_t *page, int n_tokens, const float *p, int64_t ld, int n_q, float *acc)
 {
-    if (n_q >= MANY && raw_type(c) != KV_F32) {
+    if (n_q >= many(c)) {
         kv_decoded_accumulate(c, page, n_tokens, p, ld, n_q, acc);
         return;
     }

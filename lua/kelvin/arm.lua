@@ -45,7 +45,7 @@ end
 doc("kv.codec.parse_arm", [[
   kv.codec.parse_arm(text) -> table
   "q4_0", "turboquant-4:norm=lsq" (both sides) or "k=turboquant-4,v=turboquant-3,mean=both,sink=4,recent=32,page_rope=k,
-  k.norm=lsq": what `kelvin eval --arm` takes, as the table that kv.policy.uniform takes.  mean: both, k, v, bias or none.]])
+  k.norm=lsq": what `kelvin eval --arm` takes, as the table that kv.policy.uniform takes.  mean: both, k, v, auto, bias or none.]])
 function M.parse(text)
   check.that(type(text) == "string" and text:find "%S", "arm: text is needed, such as q4_0 or k=turboquant-4,v=turboquant-3")
   text = text:gsub("%s+", "")
@@ -62,7 +62,7 @@ function M.parse(text)
     elseif key == "k" or key == "v" then arm[key] = M.spec(value, text)
     elseif key == "sink" or key == "recent" or key == "seed" then arm[key] = whole(text, key, value, 0)
     elseif key == "page_tokens" then arm[key] = whole(text, key, value, 1)
-    elseif key == "mean" then arm[key] = choice(text, key, value, { "both", "k", "v", "bias", "none" })
+    elseif key == "mean" then arm[key] = choice(text, key, value, { "both", "k", "v", "auto", "bias", "none" })
     elseif key == "page_rope" then arm[key] = choice(text, key, value, { "k", "none" })
     elseif key == "exact" then arm[key] = choice(text, key, value, { "f16", "f32", "bf16" })
     elseif key == "name" then arm[key] = value

@@ -2,8 +2,8 @@
 --
 -- A codec is made for keys and for values.  `encode` and `decode` are of keys; `dot` are scores of the keys and
 -- `accumulate` weighted sums of the values, on codes.  The same two by decoding a page to f32 first say whether attention
--- on codes is worth having.  Every repeat times all of them once, so that a slow moment of a shared machine hits all;
--- medians are shown.
+-- on codes is worth having.  Every repeat times all of them, so that a slow moment of a shared machine hits all; medians are
+-- shown.  The two ways of attention take turns call by call, and a gain is the median ratio of neighbours.
 
 local K = require "kelvin.ffi"
 local C, ffi = K.C, K.ffi
@@ -17,26 +17,42 @@ local M = {}
 local HEADS, ELEMENTS = 4, 2 ^ 20      -- of source, 4 MB: more than a second-level cache holds
 local NOISE = .03            -- a difference that says nothing
 local SAMPLE = 2e-3          -- seconds that one timing lasts at least: calls are repeated to fill it
+local PAIRS = 4              -- times as many of the two ways of attention
 
---- Median seconds of one call of each operation.
+--- Median seconds of one call of each operation; and gain, by operation WHAT that has a WHAT_decoded.
 local function clock(ops, repeats)
   local median = require("kelvin.bench").median
-  local calls, times, out = {}, {}, {}
+  local calls, times, ratio, out, gain = {}, {}, {}, {}, {}
+  local function time(name)
+    local t = C.kv_now()
+    ops[name]()
+    t = C.kv_now() - t
+    table.insert(times[name], t)
+    return t
+  end
   for name, f in pairs(ops) do
     f()
-    local t = C.kv_now()
-    f()
-    calls[name], times[name] = math.max(1, math.min(1000, math.ceil(SAMPLE / (C.kv_now() - t)))), {}
+    times[name] = {}
+    calls[name], times[name] = math.max(1, math.min(1000, math.ceil(SAMPLE / time(name)))), {}
+    if ops[name .. "_decoded"] then ratio[name] = {} end
   end
   for r = 1, repeats do
-    for name, f in pairs(ops) do
-      local t = C.kv_now()
-      for _ = 1, calls[name] do f() end
-      times[name][r] = (C.kv_now() - t) / calls[name]
+    for name in pairs(ops) do
+      local decoded, list = name .. "_decoded", ratio[name]
+      if list then
+        ops[name]()                          -- what ran before was another operation, on other memory
+        for i = 1, PAIRS * math.min(calls[name], calls[decoded]) do
+          local codes_first = (i + r) % 2 == 1
+          local first, second = time(codes_first and name or decoded), time(codes_first and decoded or name)
+          list[#list + 1] = codes_first and second / first or first / second
+        end
+      elseif not name:find "_decoded$" then
+        for _ = 1, calls[name] do time(name) end
+      end
     end
   end
-  for name, list in pairs(times) do out[name] = median(list) end
-  return out
+  for name, list in pairs(times) do out[name], gain[name] = median(list), ratio[name] and median(ratio[name]) end
+  return out, gain
 end
 
 --- Source tensors of a head_dim; memcpy and a plain read of as many bytes as the source has.
@@ -54,8 +70,8 @@ local function data(dim, queries)
     bytes = bytes, memcpy = rate[0], read = read[0], copy_s = 2 * bytes / (rate[0] * 1e9) }
 end
 
---- A row: GB/s of source and of codes of each operation, from its seconds.
-local function row_of(d, name, family, fused, seconds, k_bytes, v_bytes)
+--- A row: GB/s of source and of codes of each operation, from clock's seconds and gains.
+local function row_of(d, name, family, fused, k_bytes, v_bytes, seconds, gain)
   local rows = HEADS * d.tokens
   local row = { codec = name, family = family, dim = d.dim, fused = fused, heads = HEADS, tokens = d.tokens, queries = d.queries, threads = 1, memcpy_gb_s = d.memcpy, read_gb_s = d.read,
     bits_k = 8 * k_bytes / (rows * d.dim), bits_v = 8 * v_bytes / (rows * d.dim) }
@@ -68,7 +84,7 @@ local function row_of(d, name, family, fused, seconds, k_bytes, v_bytes)
   -- The floor of attention: its codes read once, for all queries.
   row.dot_of_floor, row.accumulate_of_floor = k_bytes / (d.read * 1e9) / seconds.dot, v_bytes / (d.read * 1e9) / seconds.accumulate
   if seconds.dot_decoded then
-    row.dot_gain, row.accumulate_gain = seconds.dot_decoded / seconds.dot, seconds.accumulate_decoded / seconds.accumulate
+    row.dot_gain, row.accumulate_gain = gain.dot, gain.accumulate
     row.attention_gain = (seconds.dot_decoded + seconds.accumulate_decoded) / (seconds.dot + seconds.accumulate)
     local function loses(gain) return gain < 1 - NOISE end
     row.faster = not fused and "no codes" or loses(row.dot_gain) and "decoding (dot)" or loses(row.accumulate_gain) and "decoding (acc)" or "codes"
@@ -87,7 +103,7 @@ function M.measure(name, d, repeats)
   local k, v = c:encode(d.x, { side = "k" }), c:encode(d.x, { side = "v" })
   local x, q, p, out, scores, acc = d.x:_view(), d.q:_view(), d.p:_view(), d.out:_view(), d.scores:_view(), d.acc:_view()
   local instance, block, flag = c:_instance(d.dim, nil, "k"), ffi.new "kv_block*[1]", fused and 1 or 0
-  local seconds = clock({
+  local seconds, gain = clock({
     encode = function()
       check(C.kv_block_encode(block, instance, x))
       C.kv_block_free(block[0])
@@ -98,7 +114,7 @@ function M.measure(name, d, repeats)
     dot_decoded = function() check(C.kv_block_dot(k._b, q, 0, scores)) end,
     accumulate_decoded = function() check(C.kv_block_accumulate(v._b, p, 0, acc)) end,
   }, repeats)
-  return row_of(d, name, c.family, fused, seconds, k:bytes().total, v:bytes().total)
+  return row_of(d, name, c.family, fused, k:bytes().total, v:bytes().total, seconds, gain)
 end
 
 -- ---- ggml: its own quantization, dequantization and dot products of rows, from its shared libraries
@@ -160,7 +176,7 @@ local function measure_ggml(name, d, base, cpu, repeats)
       check(C.kv_block_accumulate(f32._b, p, 1, acc))
     end,
   }, repeats)
-  return row_of(d, "ggml " .. name, "ggml", false, seconds, total, total)
+  return row_of(d, "ggml " .. name, "ggml", false, total, total, seconds)
 end
 
 -- ---- all of them

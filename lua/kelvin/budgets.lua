@@ -194,7 +194,7 @@ M.budgets = policy.new {
     strength = { default = 0.5, min = 0, max = 4, about = "of variance and entropy" },
     keep = { default = 1, min = 0, max = 1, about = "1: the mean stays" },
     sink = { default = 0, min = 0, about = "exact tokens at the start" }, recent = { default = 0, min = 0, about = "exact tokens at the end" },
-    mean = { default = "none", about = "both, k, v, bias or none" },
+    mean = { default = "none", about = "both, k, v, auto, bias or none" },
   },
   plan = function(p, model)
     local rule = check.that(M.rules[p.rule], "policy 'budgets': rule=%s is none of variance, entropy, lagrange", p.rule)

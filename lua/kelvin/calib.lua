@@ -140,6 +140,23 @@ function Calib.__index:_mean(side, l, h, page, mean)
   else check(C.kv_calib_mean(self._c, what[side], l - 1, h - 1, mean)) end
 end
 
+--- For kelvin.plan: the kept tokens' mean of |v - mean|² / |v|², v a token's values.  Above 1, what has to be coded is longer for the
+-- token's own length, and so is its error.  nil: no rows were kept.
+function Calib.__index:_stretch(l, h)
+  if self.n_rows == 0 then return nil end
+  local rows, mean, dim, sum = self:rows("v", l, h), self:mean("v", l, h), self.model.head_dim, 0
+  local x, m = rows:_data(), mean:_data()
+  for t = 0, self.n_rows - 1 do
+    local all, less = 0, 0
+    for d = t * dim, (t + 1) * dim - 1 do
+      all = all + x[d] * x[d]
+      less = less + (x[d] - m[d - t * dim]) ^ 2
+    end
+    sum = sum + (all > 0 and less / all or 1)
+  end
+  return sum / self.n_rows, rows, mean          -- the tensors too: what only a pointer leads to is Lua's to free
+end
+
 local function read(self, fn, side, l, h, shape)
   check.that(what[side], "calibration: side '%s' is none of k, k_pre, v, q, q_pre", tostring(side))
   local t = require("kelvin.tensor").zeros(shape)

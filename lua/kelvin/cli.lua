@@ -242,7 +242,7 @@ local function calibration(model, o)
     local needs
     for _, arm in ipairs(o.arms or {}) do
       local parsed = require("kelvin.policy").of(arm).arm or {}     -- policies proper ask with --calib
-      local needed = parsed.mean == "both" or parsed.mean == "k" or parsed.mean == "v"
+      local needed = parsed.mean and parsed.mean ~= "none" and parsed.mean ~= "bias"
       for _, side in ipairs { parsed.k, parsed.v } do needed = needed or require("kelvin.codec").new(unpack_spec(side)).needs_calibration end
       if needed then needs = needs or arm end
     end

@@ -208,7 +208,11 @@ local function make_row(run, e, i, arm)
     status = fraction < VACUOUS and "VACUOUS" or "ok", ranked = fraction >= VACUOUS and not arm.plan.control,
     ppl_inverted = s.ppl < s.ppl_ref or nil,
   }
-  row.warnings = run.warnings
+  if run.warnings or arm.plan.warning then
+    row.warnings = {}
+    for _, words in ipairs(run.warnings or {}) do row.warnings[1] = words end
+    row.warnings[#row.warnings + 1] = arm.plan.warning
+  end
   local depth = require("kelvin.json").array {}
   for d = 1, #DEPTHS - 1 do
     local lo, hi = DEPTHS[d], DEPTHS[d + 1]
@@ -249,7 +253,7 @@ doc("kv.eval", [[
   same_top1 ppl ppl_ref ppl_ratio cor rms_dp depth compressed_pair_fraction controls.{identity,canary,mutation} path device device_name status.
   bits_allin: everything that a sequence holds, per scalar that an exact cache would hold; bits_shared: means and calibrated tables, which all sequences of a model share,
   as they would weigh on one sequence of this context.  KLD in nats; ci by block bootstrap over chunks.  status: ok, VACUOUS (under half of the pairs were served compressed) or error.
-  warnings: what to know before believing the row, such as a context beyond the model's training; absent when there is nothing.
+  warnings: what to know before believing the row, such as a context beyond the model's training or means that do harm; absent when there is nothing.
   tostring(rows) is a table.  Ctrl-C keeps the rows that are complete.]])
 function M.run(o)
   local settings = { context = 512, chunks = 30, score = "second-half", mode = "visibility", sink = 0, recent = 0 }

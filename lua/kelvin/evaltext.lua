@@ -60,7 +60,13 @@ function M.table(rows)
   end
   local r = sorted[1]
   local head = r.ppl_ref and ("%s, context %d, %d chunks, %d positions scored, %s; PPL of the exact cache %.4f"):format(r.model, r.context, r.chunks, r.n_scored, r.semantics, r.ppl_ref) or ""
-  for _, words in ipairs(r.warnings or {}) do head = head .. "\nwarning: " .. words end
+  local said = {}
+  for _, row in ipairs(sorted) do
+    for _, words in ipairs(row.warnings or {}) do
+      if not said[words] then head = head .. "\nwarning: " .. words end
+      said[words] = true
+    end
+  end
   return table.concat({ head, M.aligned(lines), M.controls(r),
     "bits: all-in, per cached element at the end of a chunk; shared: means and tables that all sequences share, if one had to carry them; "
     .. "KLD in nats; pairs: share of query-key pairs served from compressed storage" }, "\n")

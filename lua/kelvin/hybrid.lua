@@ -228,7 +228,7 @@ local function tokens_of(p, model)
 end
 
 local window = { sink = { default = 0, min = 0, about = "exact tokens at the start" }, recent = { default = 0, min = 0, about = "exact tokens at the end" },
-  mean = { default = "none", about = "both, k, v, bias or none" } }
+  mean = { default = "none", about = "both, k, v, auto, bias or none" } }
 local function with_window(params)
   for name, p in pairs(window) do params[name] = p end
   return params

@@ -81,7 +81,7 @@ M.mixedkv = policy.new {
     edge = { default = 0, min = 0, about = "layers at each end that hold edge_codec" },
     edge_codec = { default = "q8_0", about = "of protected layers" },
     sink = { default = 0, min = 0, about = "exact tokens at the start" }, recent = { default = 0, min = 0, about = "exact tokens at the end" },
-    mean = { default = "none", about = "both, k, v, bias or none" },
+    mean = { default = "none", about = "both, k, v, auto, bias or none" },
   },
   plan = function(p, model)
     local preset

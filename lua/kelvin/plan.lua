@@ -11,6 +11,8 @@ Plan.__index, Plan.__name = {}, "plan"
 
 local exact_code = { f16 = C.KV_EXACT_F16, f32 = C.KV_EXACT_F32, bf16 = C.KV_EXACT_BF16 }
 
+local STRETCH = 2            -- of calib:_stretch(): from here on a mean of values is said to do harm
+
 local function codec_entry(c, handle)
   local i = codec._info(handle)
   return { codec = c.name, family = i.family, params = i.params, format = i.format, granule = i.granule, fused = i.fused,
@@ -36,7 +38,7 @@ function M.new(model, layers, o)
   local plan = setmetatable({ name = o.name, handle = handle, model_name = model.name, page_tokens = page_tokens }, Plan)
   local resolved = { name = o.name, params = o.params, page_tokens = page_tokens, layers = {} }
   local mean = ffi.new("float[?]", head_dim)
-  local nominal, payload, control, tables = { k = 0, v = 0 }, { k = 0, v = 0 }, false, 0
+  local nominal, payload, control, tables, harmful = { k = 0, v = 0 }, { k = 0, v = 0 }, false, 0, {}
   for l, y in ipairs(layers) do
     check(C.kv_plan_window(handle, l - 1, y.sink, y.recent, exact_code[y.exact]))
     local r = { sink = y.sink, recent = y.recent, mean = y.mean, page_rope = y.page_rope, exact = y.exact }
@@ -44,7 +46,7 @@ function M.new(model, layers, o)
       local heads = {}
       for h = 1, model.n_kv_heads do
         local c = y[side][0] or y[side][h]
-        local has = y.mean == side or y.mean == "both" or y.mean == "bias" and side == "k"
+        local has = y.mean == side or y.mean == "both" or y.mean == "auto" or y.mean == "bias" and side == "k"
         if has then
           if y.mean == "bias" then
             check.that(model.has_kv_bias, "policy '%s': mean=bias, but model '%s' has no key bias", o.name, model.name)
@@ -53,8 +55,16 @@ function M.new(model, layers, o)
             check.that(o.calib, "policy '%s': mean=%s needs calibration: pass calib = kv.calibrate{...} (--calib FILE or --artifact FILE)", o.name, y.mean)
             o.calib:_mean(side, l, h, y.page_rope and page_tokens, mean)
           end
-          check(C.kv_plan_mean(handle, l - 1, h - 1, code, mean))
         end
+        if has and side == "v" then
+          local stretch = o.calib:_stretch(l, h)
+          if y.mean == "auto" then
+            check.that(stretch, "policy '%s': mean=auto needs the calibration's rows, which were left out of this one", o.name)
+            has = stretch <= 1
+            if not has then r.v_means_kept = (r.v_means_kept or 0) + 1 end
+          elseif stretch and stretch > STRETCH then harmful[#harmful + 1] = ("%d (%.1f)"):format(l, stretch) end
+        end
+        if has then check(C.kv_plan_mean(handle, l - 1, h - 1, code, mean)) end
         local made
         if c.has_tables and o.calib then made = c:_calibrated(o.calib, l, h, side, page_tokens, y.page_rope, has and mean or nil)
         else made = c:_instance(head_dim, page_tokens, side) end
@@ -71,6 +81,10 @@ function M.new(model, layers, o)
   end
   check(C.kv_plan_check(handle))
   local n = model.n_layers * model.n_kv_heads
+  if #harmful > 0 then
+    plan.warning = ("policy '%s': less their mean, values of layer %s are longer than with it, by the tokens' mean of the squared ratio; tokens of little value that draw attention lose most (mean=k or auto keeps it)"):format(
+      o.name, table.concat(harmful, ", "))
+  end
   plan.resolved, plan.layers, plan.control, plan.table_bytes = resolved, layers, control, tables
   plan.calibration = o.calib
   plan.bits_nominal = { k = nominal.k / n, v = nominal.v / n, mean = (nominal.k + nominal.v) / (2 * n) }
@@ -117,7 +131,7 @@ function Plan.__index:describe()
     end
   end
   flush(#layers)
-  return tostring(self) .. "\n" .. table.concat(out, "\n")
+  return tostring(self) .. "\n" .. table.concat(out, "\n") .. (self.warning and "\nwarning: " .. self.warning or "")
 end
 
 function Plan:__tostring()

@@ -12,7 +12,7 @@ local M, Policy = {}, {}
 Policy.__index, Policy.__name = {}, "policy"
 
 local layer_keys = { k = true, v = true, sink = true, recent = true, mean = true, page_rope = true, exact = true }
-local means = { both = true, k = true, v = true, bias = true, none = true }
+local means = { both = true, k = true, v = true, auto = true, bias = true, none = true }
 local exacts = { f16 = true, f32 = true, bf16 = true }
 
 local function sorted_keys(t)
@@ -136,7 +136,8 @@ local uniform_keys = { k = true, v = true, sink = true, recent = true, mean = tr
 doc("kv.policy.uniform", [[
   kv.policy.uniform { k = SPEC, v = SPEC, sink = 0, recent = 0, mean = "none", page_rope = false, page_tokens = 64, exact = "f16" } -> policy
   The same codecs on every layer.  SPEC: "q4_0", { "turboquant", bits = 3 } or a codec.  sink, recent: tokens that stay exact
-  at the start and at the end, stored as `exact` (f16, f32 or bf16).  mean: both, k, v (channel means from calibration), bias
+  at the start and at the end, stored as `exact` (f16, f32 or bf16).  mean: both, k, v (channel means from calibration), auto
+  (both, but values keep theirs where without it the calibration's tokens are longer for their length), bias
   (keys only, from the model's key bias), none.  page_rope: keys in page-relative RoPE.  Takes kv.codec.parse_arm's table.]])
 function M.uniform(o)
   check.that(type(o) == "table", "kv.policy.uniform: a table is needed")
@@ -224,7 +225,7 @@ local function normalise(name, layers, model, seed)
       check.that(layer_keys[key], "policy '%s': layer %d: unknown key '%s'; allowed: %s", name, l, tostring(key), table.concat(sorted_keys(layer_keys), ", "))
     end
     local mean, exact, rope = y.mean or "none", y.exact or "f16", y.page_rope
-    check.that(means[mean], "policy '%s': layer %d: mean='%s' is none of both, k, v, bias, none", name, l, tostring(mean))
+    check.that(means[mean], "policy '%s': layer %d: mean='%s' is none of both, k, v, auto, bias, none", name, l, tostring(mean))
     check.that(exacts[exact], "policy '%s': layer %d: exact='%s' is none of f16, f32, bf16", name, l, tostring(exact))
     check.that(rope == nil or type(rope) == "boolean" or rope == "k" or rope == "none", "policy '%s': layer %d: page_rope='%s' is none of true, false, k, none", name, l, tostring(rope))
     out[l] = { sink = whole(name, l, "sink", y.sink or 0), recent = whole(name, l, "recent", y.recent or 0), mean = mean, exact = exact,

@@ -3,7 +3,7 @@
 #include "check.h"
 #include "codec.h"
 
-enum { PAGE = 64, MANY = 20, TOKENS = 59 };
+enum { PAGE = 64, MANY = 25, TOKENS = 59 };
 
 static void compare(const char *family, const char *params, int dim, int side)
 {

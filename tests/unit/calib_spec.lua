@@ -52,6 +52,41 @@ describe("a calibration", function()
     assert.is_true(c:stats()[1].k.rms > 0 and c:stats()[1].k.outlier >= 1)
   end)
 
+  it("keeps the mean of values where without it tokens are longer for their length, or says so", function()
+    local model = H.kv.model(H.root .. "/tests/golden/tiny/llama.gguf")
+    local ids = {}
+    for i = 1, 130 do ids[i] = 3 + (i * 37 + i * i) % (model.n_vocab - 3) end
+    local c = model:calibrate { tokens = ids, context = 64, chunks = 2, rows = 50 }
+    local function resolve(mean, calib) return kv.policy.resolve("kivi-2:bits=3,page_rope=k,mean=" .. mean, model, { calib = calib or c }) end
+    local rows, mean, sum = c:rows("v", 1, 1):totable(), c:mean("v", 1, 1):totable(), 0
+    for _, row in ipairs(rows) do
+      local all, less = 0, 0
+      for d, x in ipairs(row) do all, less = all + x * x, less + (x - mean[d]) ^ 2 end
+      sum = sum + less / all
+    end
+    H.close(sum / #rows, c:_stretch(1, 1), 1e-6)
+    assert.is_nil(resolve("both").warning)
+    -- A model none of whose means of values is good, and one all of whose are.
+    local function plan(mean, stretch)
+      c._stretch = function() return stretch end
+      local out = resolve(mean)
+      c._stretch = nil
+      return out
+    end
+    local function rows_of(p) return tostring(model:session { plan = p, max_tokens = 64 }:feed({ unpack(ids, 1, 40) }):read { layer = 2, side = "v" }) end
+    assert.are.equal(model.n_kv_heads, plan("auto", 3).resolved.layers[1].v_means_kept)
+    assert.are.equal(rows_of(resolve "k"), rows_of(plan("auto", 3)))
+    assert.is_nil(plan("auto", .9).resolved.layers[1].v_means_kept)
+    assert.are.equal(rows_of(resolve "both"), rows_of(plan("auto", .9)))
+    assert.are_not.equal(rows_of(resolve "both"), rows_of(resolve "k"))
+    assert.matches("less their mean, values of layer 1 %(3.0%), .* are longer", plan("both", 3).warning)
+    assert.matches("warning: policy", plan("v", 3):describe())
+    assert.is_nil(plan("k", 3).warning)
+    local moments = model:calibrate { tokens = ids, context = 64, chunks = 2, what = "moments" }
+    assert.is_nil(resolve("both", moments).warning)
+    assert.matches("mean=auto needs the calibration's rows, which were left out", H.fails(resolve, "auto", moments))
+  end)
+
   it("leaves out what was not asked for, and says so", function()
     local model = H.kv.model(H.root .. "/tests/golden/tiny/llama.gguf")
     local ids = {}
