@@ -1,6 +1,7 @@
 // codecs.cuh -- the codecs that kernels know, and which one a slot has.  A new codec: its file below, its name in the list.
 #pragma once
 #include <cstring>
+#include "codecs/canary.cuh"
 #include "codecs/fp.cuh"
 #include "codecs/int.cuh"
 #include "codecs/nuq.cuh"
@@ -10,7 +11,7 @@
 #include "codecs/scalar.cuh"
 #include "codecs/wf.cuh"
 
-#define KV_DEVICE_CODECS(X) X(raw) X(scalar) X(int) X(fp) X(polar) X(nuq) X(pca) X(wf)
+#define KV_DEVICE_CODECS(X) X(raw) X(scalar) X(int) X(fp) X(polar) X(nuq) X(pca) X(wf) X(canary)
 
 namespace kelvin {
 

@@ -6,6 +6,7 @@
  * look like an honest 4-bit codec's: a measurement that does not fail it measures nothing. */
 #include <math.h>
 #include "../codec.h"
+#include "canary_device.h"
 
 static inline size_t row_bytes(const kv_codec *c) { return 2 + (size_t)(c->head_dim + 1) / 2; }
 
@@ -45,8 +46,17 @@ static void canary_decode(const kv_codec *c, const uint8_t *page, int tok0, int 
     }
 }
 
+static int canary_on_device(const kv_codec *c, void **pod, size_t *bytes)
+{
+    const struct canary_device d = { (int32_t)row_bytes(c) };
+    if (!(*pod = kv_alloc(sizeof d))) return KV_E_NOMEM;
+    memcpy(*pod, &d, sizeof d);
+    *bytes = sizeof d;
+    return KV_OK;
+}
+
 const kv_codec_ops kv_codec_canary = {
     .name = "canary", .about = "deliberately broken: 4 bits, the sign of every second channel lost", .source = "a control, not a method",
     .format = 1, .caps = KV_CAP_KEYS | KV_CAP_VALUES | KV_CAP_CONTROL,
-    .init = canary_init, .encode = canary_encode, .decode = canary_decode,
+    .init = canary_init, .encode = canary_encode, .decode = canary_decode, .device = canary_on_device,
 };
