@@ -253,6 +253,7 @@ install: all
 	@install -m 644 $(BUILD)/kelvin_cdef.lua $(INST)/lib/
 	@cp -R lua configs experiments docs $(INST)/share/kelvin/
 	@rm -f $(INST)/share/kelvin/lua/host.c
+	@c=$$(git rev-parse HEAD 2>/dev/null) && echo "$$c$$(git diff --quiet HEAD 2>/dev/null || echo ' dirty')" > $(INST)/share/kelvin/commit || rm -f $(INST)/share/kelvin/commit
 	@echo "installed kelvin in $(INST)"
 
 # Relocatable: LuaJIT inside the program, zlib and liblzma inside libkelvin.so, the other libraries beside it (found by $$ORIGIN), busted's Lua files and

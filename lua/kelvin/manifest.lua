@@ -24,12 +24,21 @@ end
 --- SHA-256 of a value's canonical JSON.
 function M.digest(value) return lib().sha256(json.encode(value)) end
 
---- { commit, dirty } of the source tree, or { commit = "none" } outside one (an installed tree).
+-- An installed tree's: the file that `make install` leaves.
+local function installed(root)
+  local f = io.open(root .. "/commit", "r")
+  local line = f and f:read "*l" or ""
+  if f then f:close() end
+  local commit = line:match "^%x+"
+  return commit and { commit = commit, dirty = line:sub(-5) == "dirty" } or { commit = "none" }
+end
+
+--- { commit, dirty } of the source tree, or of that which an installed tree was made from; else { commit = "none" }.
 function M.git(root)
   local at = "git -C " .. M.quote(root) .. " "
   local top, inside = M.capture(at .. "rev-parse --show-toplevel")
   local here = M.capture("cd " .. M.quote(root) .. " && pwd -P")
-  if not inside or top ~= here then return { commit = "none" } end
+  if not inside or top ~= here then return installed(root) end
   local commit, ok = M.capture(at .. "rev-parse HEAD")
   if not ok then return { commit = "none" } end
   return { commit = commit, dirty = M.capture(at .. "status --porcelain --untracked-files=no") ~= "" }

@@ -112,12 +112,11 @@ static void fwht(std::vector<double> &v)
     for (double &x : v) x /= std::sqrt((double)v.size());
 }
 
-// What a code looks up: the codebook's byte, with 4 bits' sign complemented.
-static double value_of(const codebook &c, int bits, int code)
+// A centroid as the codebook's bytes have it: whole or half multiples of its unit, symmetric.
+static double value_of(const codebook &c, double centroid)
 {
-    const int i = bits == 4 ? (code >= 8 ? code - 8 : 7 - code) : code;
-    const double v = (double)(int8_t)((i < 4 ? c.t0 : c.t1) >> (i % 4 * 8) & 255u);
-    return (bits == 4 ? (code >= 8 ? v : -v - 1) + 0.5 : v) * c.unit;
+    const double v = (std::floor(std::fabs(centroid) / c.unit - c.half + 0.5) + c.half) * c.unit;
+    return centroid < 0 ? -v : v;
 }
 
 // Lloyd-Max levels of a unit normal, the positive half, and the share of the energy that their error keeps (J. Max, 1960).
@@ -160,7 +159,7 @@ template <int BITS> static bool check(int n, unsigned seed)
         const double norm = __half2float(got_norms[t]);
         double dot = 0;
         for (int i = 0; i < D; i++) {
-            const double value = norm * value_of(book, BITS, got_codes[(size_t)t * D + i]);
+            const double value = norm * value_of(book, c.at[got_codes[(size_t)t * D + i]]);
             lost += (y[i] - value) * (y[i] - value), all += y[i] * y[i];
             dot += r[i] * value;
         }
