@@ -8,6 +8,8 @@
 #include <stdint.h>
 
 enum { KV_BACKEND_ABI = 2 };
+/* Beside kelvin.h's KV_PATH_*, on a device: as KV_PATH_FUSED, and many new tokens at once by bf16 products. */
+enum { KV_PATH_BF16 = 2 };
 
 typedef struct kv_backend_device { char name[128]; int sm; double memory_bytes; } kv_backend_device;
 
@@ -84,7 +86,7 @@ typedef struct kv_backend {
     /* kv_cache_attend and, after the last layer, commit; from and to host memory: q, out [n_seqs][n][n_heads][head_dim], k, v alike with n_kv_heads. */
     int  (*cache_attend)(kv_backend_cache *c, int layer, int n, const float *q, const float *k, const float *v, float scale, float softcap, float *out, char *err, size_t err_cap);
     int  (*cache_commit)(kv_backend_cache *c, int n, char *err, size_t err_cap);
-    void (*cache_path)(kv_backend_cache *c, int path);     /* KV_PATH_FUSED or KV_PATH_TILE */
+    void (*cache_path)(kv_backend_cache *c, int path);     /* kelvin.h's KV_PATH_*, or KV_PATH_BF16 */
     int  (*cache_read)(const kv_backend_cache *c, int seq, int layer, int head, int side, int tok0, int tok1, float *host_rows, char *err, size_t err_cap);
     /* The bytes of one page, in the CPU's order whatever the device keeps. */
     int  (*cache_page)(const kv_backend_cache *c, int seq, int layer, int head, int side, int page, uint8_t *host, char *err, size_t err_cap);

@@ -233,7 +233,7 @@ int kv_batch_n_tokens(const kv_batch *b, int seq) { return check_seq(b, seq) < 0
 
 int kv_batch_path(kv_batch *b, int path)
 {
-    RETURN_ERROR_IF(!b || (path != KV_PATH_FUSED && path != KV_PATH_TILE), KV_E_ARG, "batch: path=%d is not 0 (fused) or 1 (tile)", path);
+    RETURN_ERROR_IF(!b || path < KV_PATH_FUSED || path > KV_PATH_BF16, KV_E_ARG, "batch: path=%d is not 0 (fused), 1 (tile) or 2 (bf16)", path);
     b->d->b->cache_path(b->c, path);
     return KV_OK;
 }

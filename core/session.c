@@ -3,6 +3,7 @@
  * Also what is a session in disguise: taps, which run a text once over an exact cache and keep Q, K and V of one layer. */
 #include "calib.h"
 #include "container.h"
+#include "backend.h"
 #include "run.h"
 
 struct kv_session {
@@ -56,7 +57,7 @@ void kv_session_free(kv_session *s)
 int kv_session_path(kv_session *s, int path)
 {
     RETURN_ERROR_IF(!s, KV_E_ARG, "session is NULL");
-    RETURN_ERROR_IF(path != KV_PATH_FUSED && path != KV_PATH_TILE, KV_E_ARG, "session: path=%d is not 0 (fused) or 1 (tile)", path);
+    RETURN_ERROR_IF(path != KV_PATH_FUSED && path != KV_PATH_TILE && (path != KV_PATH_BF16 || s->run->cache), KV_E_ARG, "session: path=%d is not 0 (fused), 1 (tile) or, on a device, 2 (bf16)", path);
     s->run->ops->path(s->run, path);
     return KV_OK;
 }

@@ -11,6 +11,7 @@
 #include <new>
 #include "cache_impl.cuh"
 #include "codecs/raw_device.h"
+#include "prefill_cache.cuh"
 
 using namespace kelvin;
 
@@ -188,6 +189,7 @@ int cache_new(int device, const kv_backend_plan *p, int n_seqs, int max_tokens, 
     c->dtype.assign(p->exact_dtype, p->exact_dtype + n_layers);
     c->window.assign(n_layers, 0);
     if (p->sliding) c->window.assign(p->sliding, p->sliding + n_layers);
+    for (int l = 0; l < n_layers; l++) c->turned.push_back(prefill_turned(p, l));
     c->length.assign(n_seqs, 0);
     c->pending.assign(n_layers, 0);
     c->form.assign(n_layers, &tile_form);
@@ -289,7 +291,7 @@ void cache_free(kv_backend_cache *c)
 {
     if (!c) return;
     cudaSetDevice(c->device);
-    for (void *p : { (void *)c->books, (void *)c->store, (void *)c->saved, (void *)c->slab, (void *)c->state, (void *)c->io }) cudaFree(p);
+    for (void *p : { (void *)c->books, (void *)c->store, (void *)c->saved, (void *)c->slab, (void *)c->state, (void *)c->io, (void *)c->prefill }) cudaFree(p);
     delete c;
 }
 
@@ -305,6 +307,8 @@ int cache_fork(const kv_backend_cache *c, kv_backend_cache **out, char *err, siz
     if (!f) return refuse(E_NOMEM, err, cap, "cache: no memory for the books of %lld layers and %lld sequences", c->n_layers, c->n_seqs);
     f->books = f->store = f->saved = nullptr;
     f->slab = f->state = f->io = nullptr;
+    f->prefill = nullptr;
+    f->prefill_bytes = 0;
     f->saved_bytes = f->slab_bytes = f->state_bytes = f->io_bytes = 0;
     status = allocate(f, err, cap);
     if (status == 0) status = say(cudaMemcpy(f->books, c->books, c->books_bytes, cudaMemcpyDeviceToDevice), "cache fork", err, cap);
@@ -333,7 +337,8 @@ int cache_fork(const kv_backend_cache *c, kv_backend_cache **out, char *err, siz
 
 void cache_path(kv_backend_cache *c, int path)
 {
-    c->path = path;
+    c->path = path == 1;
+    c->bf16_chunks = path == 2;
     c->did = 0;
     c->paths[0] = 0;
     c->epoch = next_epoch();
@@ -362,6 +367,7 @@ int kv_dev_cache_reserve(kv_backend_cache *c, int n, char *err, size_t cap)
     if (status < 0 || n == 1) return status;
     if (!cache_grow((void **)&c->saved, &c->saved_bytes, c->tails_bytes, "cache: rings of a chunk", err, cap, &status)) return status;
     if (few(n, c->group)) return 0;
+    if (c->bf16_chunks && prefill_fits(c, n)) return cache_grow((void **)&c->prefill, &c->prefill_bytes, prefill_bytes(c, n), "cache: images of a chunk", err, cap, &status) ? 0 : status;
     const size_t row = (size_t)c->n_seqs * c->n_kv_heads * 2 * c->ld * sizeof(float);
     if (!c->slab_tokens) c->slab_tokens = (int)std::max((size_t)KEYS_STEP, std::min((size_t)std::min((int)SLAB, (c->max_tokens + KEYS_STEP - 1) / KEYS_STEP * KEYS_STEP), SLAB_BYTES / row / KEYS_STEP * KEYS_STEP));
     if (!c->slab) {                                                     // zeros: what a row has past head_dim is multiplied too
@@ -376,14 +382,16 @@ int kv_dev_cache_reserve(kv_backend_cache *c, int n, char *err, size_t cap)
 cudaError_t kv_dev_cache_attend(kv_backend_cache *c, int layer, int n, const float *q, const float *k, const float *v, float scale, float softcap, float *out, cudaStream_t stream)
 {
     const cache_form &form = *c->form[layer];
+    const bool bf16 = c->bf16_chunks && prefill_fits(c, n);
     cudaError_t e = (cudaError_t)cache_restore(c, layer, stream);           // a step that did not come to its commit is tried again
     if (e == cudaSuccess && n > 1) e = cache_check(c, layer, n, k, v, stream);
     if (e == cudaSuccess && n > 1 && c->tail_bytes[layer]) e = cudaMemcpyAsync(c->saved + c->tail_at[layer], c->store + c->tail_at[layer], c->tail_bytes[layer], cudaMemcpyDeviceToDevice, stream);
     if (e == cudaSuccess) e = form.append(c, layer, n, k, v, stream);
-    if (e == cudaSuccess) e = few(n, c->group) ? form.attend_few(c, layer, n, q, k, v, scale, softcap, out, stream) : attend_chunk(c, layer, n, q, k, v, scale, softcap, out, stream);
+    if (e == cudaSuccess) e = few(n, c->group) ? form.attend_few(c, layer, n, q, k, v, scale, softcap, out, stream)
+                            : (bf16 ? attend_prefill : attend_chunk)(c, layer, n, q, k, v, scale, softcap, out, stream);
     if (e != cudaSuccess) return e;
     c->pending[layer] = n;
-    c->did |= n == 1 ? 1 : 2;
+    c->did |= n == 1 ? 1 : bf16 ? 4 : 2;
     return n > 1 ? cache_save(c, layer, n, k, v, stream) : cudaSuccess;
 }
 

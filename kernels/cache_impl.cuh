@@ -177,6 +177,10 @@ struct kv_backend_cache {
     float   *slab = nullptr, *state = nullptr, *io = nullptr;
     size_t   saved_bytes = 0, slab_bytes = 0, state_bytes = 0, io_bytes = 0, tails_bytes = 0;
     int      slab_tokens = 0;
+    uint8_t *prefill = nullptr;                                         // prefill.cu's
+    size_t   prefill_bytes = 0;
+    bool     bf16_chunks = false;
+    std::vector<char> turned;                                           // [n_layers] prefill_turned
 
     unsigned long long epoch = 0;
     int    path = 0, count_from = 0, did = 0;

@@ -261,7 +261,7 @@ const char *paths(const kv_backend_cache *cc)
     c->paths[0] = 0;
     const char *form = fused == 0 ? "tile" : fused == c->n_layers ? "fused" : "fused + tile";
     if (c->did & 1) n = snprintf(c->paths, sizeof c->paths, "k: %s %s, v: %s %s", form, DEVICE_NAME, form, DEVICE_NAME);
-    if (c->did & 2) snprintf(c->paths + n, sizeof c->paths - n, "%schunks: decoded, f32 %s", n ? "; " : "", DEVICE_NAME);
+    if (c->did & 6) snprintf(c->paths + n, sizeof c->paths - n, "%schunks: decoded, %s %s", n ? "; " : "", c->did & 2 ? c->did & 4 ? "f32 + bf16" : "f32" : "bf16", DEVICE_NAME);
     return c->paths;
 }
 

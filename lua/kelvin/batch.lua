@@ -21,8 +21,9 @@ function M.new(model, o)
   local b = K.handle("kv_batch", C.kv_batch_free, function(out) return C.kv_batch_new(out, model._m, plan and plan.handle or nil, n_seqs, max_tokens) end)
   local self = setmetatable({ _b = b, model = model, plan = plan, n_seqs = n_seqs, max_tokens = max_tokens }, Batch)
   if o.path then
-    check.that(o.path == "fused" or o.path == "tile", "batch: path '%s' is neither fused nor tile", tostring(o.path))
-    check(C.kv_batch_path(b, o.path == "tile" and C.KV_PATH_TILE or C.KV_PATH_FUSED))
+    local path = ({ fused = C.KV_PATH_FUSED, tile = C.KV_PATH_TILE, bf16 = 2 --[[ core/backend.h ]] })[o.path]
+    check.that(path, "batch: path '%s' is not fused, tile or bf16", tostring(o.path))
+    check(C.kv_batch_path(b, path))
   end
   return self
 end

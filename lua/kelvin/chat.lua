@@ -49,7 +49,7 @@ function M.main(a, calibrate)
   local m = models.open(a.model)
   local policy = a.policy or policies.of(a.arm or "f16")
   local plan = policies.resolve(policy, m, { calib = calibrate(m, { path = a.calib, artifact = a.artifact, arms = { a.arm } }), seed = a.seed, context = a.context })
-  local s = m:session { plan = plan, max_tokens = a.context }
+  local s = m:session { plan = plan, max_tokens = a.context, path = m.device and "bf16" or nil }        -- long prompts by bf16 products
   log.info("%s\n%s", tostring(m), tostring(plan))
   if a.prompt then
     answer(s, a.prompt, a, true)

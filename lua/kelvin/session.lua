@@ -15,7 +15,7 @@ local PIECE = 512        -- tokens fed in one C call: well under a second on a s
 doc("model:session", [[
   m:session{ policy = | plan = | arm = "k=turboquant-4,v=turboquant-3", max_tokens = 4096, calib =, seed =, path = "fused" } -> session
   One sequence.  With none of policy, plan, arm the cache is exact f32 (the reference).  path: "fused" attends on codes where the
-  codec can, "tile" decodes a tile and then attends.
+  codec can, "tile" decodes a tile and then attends, "bf16" (on a device) is "fused" with many tokens at once by bf16 products.
   s:feed(text or ids)  s:logits()  s:generate{...}  s:tap{...}  s:read{...}  s:bytes()  s:fork()  s:truncate(n)  s.n_tokens]])
 function M.new(model, o)
   local plan = o.plan
@@ -31,10 +31,12 @@ function M.new(model, o)
   return self
 end
 
---- s:path "fused" or "tile".
+local paths = { fused = C.KV_PATH_FUSED, tile = C.KV_PATH_TILE, bf16 = 2 }          -- core/backend.h
+
+--- s:path "fused", "tile" or, on a device, "bf16".
 function Session.__index:path(path)
-  check.that(path == "fused" or path == "tile", "session: path '%s' is neither fused nor tile", tostring(path))
-  check(C.kv_session_path(self._s, path == "tile" and C.KV_PATH_TILE or C.KV_PATH_FUSED))
+  check.that(paths[path], "session: path '%s' is not fused, tile or bf16", tostring(path))
+  check(C.kv_session_path(self._s, paths[path]))
   return self
 end
 

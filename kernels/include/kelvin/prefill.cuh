@@ -330,6 +330,14 @@ template <int D> __device__ __forceinline__ void turn_row(const prefill_turn &t,
 #pragma unroll
     for (int k = 0; k < V; k++) v[k] *= rsqrtf((float)D);
 }
+template <int D> __device__ __forceinline__ void center_and_turn(const prefill_turn &t, int head, float *v, int lane)
+{
+    constexpr int V = D / 32;
+#pragma unroll
+    for (int k = 0; k < V; k++)
+        if (t.mean) v[k] -= t.mean[(size_t)head * D + lane * V + k];
+    turn_row<D>(t, head, v, lane);
+}
 }  // namespace detail
 
 // Queries [n_seqs][n][n_heads][D] to images; bias gets q . mean when it is not null.  A warp a row of an image; grid: (rows / 4, n_kv_heads, n_seqs), 128 threads.
@@ -404,12 +412,7 @@ template <int D, class ROWS> __global__ void prefill_rows(ROWS rows, prefill_tur
     for (int k = 0; k < V; k++) v[k] = 0;
     const bool here = rows.load(seq, head, position, v, lane);          // the same for all lanes
     if (keep && !here) return;
-    if (here) {
-#pragma unroll
-        for (int k = 0; k < V; k++)
-            if (turn.mean) v[k] -= turn.mean[(size_t)head * D + lane * V + k];
-        detail::turn_row<D>(turn, head, v, lane);
-    }
+    if (here) detail::center_and_turn<D>(turn, head, v, lane);
     put_row<D>(images + ((size_t)seq * gridDim.y + head) * stride + (size_t)(row / KEYS) * IMAGE_BYTES<D>, KEYS, row % KEYS, v, lane);
 }
 
