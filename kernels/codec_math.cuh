@@ -83,23 +83,57 @@ template <class F> __device__ __forceinline__ float max_of(int n, int lane, F f)
     return most;
 }
 
+// A block of 32 V elements: distances below 32 by shuffles, then pairs of registers.
+template <int V> __device__ __forceinline__ void fwht_block(float *x, float scale, int lane)
+{
+    float v[V];
+#pragma unroll
+    for (int k = 0; k < V; k++) v[k] = x[lane + 32 * k];
+#pragma unroll
+    for (int h = 1; h < 32; h *= 2)
+#pragma unroll
+        for (int k = 0; k < V; k++) {
+            const float other = __shfl_xor_sync(~0u, v[k], h);
+            v[k] = lane & h ? other - v[k] : v[k] + other;
+        }
+#pragma unroll
+    for (int h = 1; h < V; h *= 2)
+#pragma unroll
+        for (int k = 0; k < V; k++)
+            if (!(k & h)) {
+                const float a = v[k], b = v[k + h];
+                v[k] = a + b;
+                v[k + h] = a - b;
+            }
+#pragma unroll
+    for (int k = 0; k < V; k++) x[lane + 32 * k] = v[k] * scale;
+}
+
 // Walsh-Hadamard in place in blocks of powers of two, largest first (kv_fwht_blocks).
 __device__ __forceinline__ void fwht(float *x, int n, int lane)
 {
     for (int at = 0; at < n;) {
         const int log_size = 31 - __clz(n - at), size = 1 << log_size;
-        float *b = x + at;
-        for (int h = 1; h < size; h *= 2) {
-            for KV_ROW(k, size / 2) {
-                const int i = 2 * k - (k & (h - 1));
-                const float p = b[i], q = b[i + h];
-                b[i] = p + q;
-                b[i + h] = p - q;
-            }
-            __syncwarp();
-        }
         const float scale = ldexpf(log_size & 1 ? 0.70710678118654752f : 1.0f, -(log_size / 2));      // 1 / sqrt(size), rounded once
-        for KV_ROW(i, size) b[i] *= scale;
+        float *b = x + at;
+        switch (log_size) {
+        case 5: fwht_block<1>(b, scale, lane); break;
+        case 6: fwht_block<2>(b, scale, lane); break;
+        case 7: fwht_block<4>(b, scale, lane); break;
+        case 8: fwht_block<8>(b, scale, lane); break;
+        case 9: fwht_block<16>(b, scale, lane); break;
+        default:
+            for (int h = 1; h < size; h *= 2) {
+                if (lane < size / 2) {
+                    const int i = 2 * lane - (lane & (h - 1));
+                    const float p = b[i], q = b[i + h];
+                    b[i] = p + q;
+                    b[i + h] = p - q;
+                }
+                __syncwarp();
+            }
+            if (lane < size) b[lane] *= scale;
+        }
         at += size;
     }
     __syncwarp();
