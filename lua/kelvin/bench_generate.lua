@@ -2,7 +2,7 @@
 --
 -- A batch of sequences is brought to a depth without computing it (zero rows in pages: the same bytes are read), then decodes;
 -- the device's own time counts.  Arms of a depth and batch take turns as far as memory holds them together; what fits not even
--- alone is a row with status "no memory".  What a step costs beyond the same step at depth 0 is the time of its attention:
+-- alone is a row with status "no memory", what fails otherwise one with "error".  What a step costs beyond the same step at depth 0 is the time of its attention:
 -- attention_us and attention_share.  `wins_from` is the depth at which a codec's step becomes faster than the first arm's,
 -- between two measured depths on the line through them.
 
@@ -17,6 +17,7 @@ local svg = require "kelvin.svg"
 local M = {}
 
 local PREFIX = "shape:"
+local TURN_US = 2.5e5          -- a turn lasts no longer, if that leaves two steps
 --- Models of a shape alone, with random weights: speed is measured, nothing else.
 M.SHAPES = {
   -- n_layers .. rope_base of Meta's Llama 3 8B (its config.json).
@@ -46,21 +47,22 @@ local function step(c, n)
   return 1e6 * seconds / n
 end
 
--- A candidate with memory, at its depth, its graph captured; false and the message when there is no room.
+-- A candidate with memory, at its depth, its graph captured; or false, what is wrong ("no memory", "error") and the message.
 local function make(c, model, plan, n)
   local ok, why = pcall(function()
-    c.batch = model:batch { plan = plan, n_seqs = c.n_seqs, max_tokens = c.depth + 2 * n + 1 }
+    c.batch = model:batch { plan = plan, n_seqs = c.n_seqs, max_tokens = c.depth + n + 2 }
     if c.depth > 0 then c.batch:skip(c.depth) end
     c.first = {}
     for s = 1, c.n_seqs do c.first[s] = math.floor(lib.random(7, 0, s) * (model.n_vocab - 10)) + 5 end
-    step(c, n)
+    step(c, 2)                                            -- captures the graph
+    c.steps = math.max(2, math.min(n, math.floor(TURN_US / step(c, 2))))
     c.bytes, c.path, c.times = c.batch:bytes().total, c.batch:paths(), {}
   end)
   if ok then return true end
   if c.batch then c.batch:free() end
   c.batch = nil
-  if not no_memory(why) then error(why, 0) end
-  return false, tostring(why)
+  if C.kv_interrupted() == 1 then error(why, 0) end
+  return false, no_memory(why) and "no memory" or "error", tostring(why)
 end
 
 --- run{ model =, device =, arms =, depths =, batches =, repeats =, tokens =, calib =, rows = } -> rows.
@@ -70,7 +72,9 @@ function M.run(o)
   local model = type(o.model) == "string" and M.open(o.model, device) or o.model
   local policies, plans = require "kelvin.policy", {}
   for _, arm in ipairs(arms) do plans[arm] = policies.resolve(policies.of(arm), model, { calib = o.calib }) end
-  local rows = {}
+  local rows, run = {}, { what = "bench generate", model = model.name, shape = M.SHAPES[model.name:match("^" .. PREFIX .. "(.*)$") or ""], weights = model.device_weights, arms = arms, repeats = repeats,
+    tokens = n, timing = "the device's time of whole decode steps, medians of interleaved repeats; depth without computing it" }
+  for name, value in pairs(require("kelvin.bench_gpu").device_facts(device)) do run[name] = value end
   for _, n_seqs in ipairs(batches) do
     for _, depth in ipairs(depths) do
       local waiting = {}
@@ -79,30 +83,33 @@ function M.run(o)
         local group, later = {}, {}
         for i, c in ipairs(waiting) do
           log.progress((i - 1) / #waiting, ("%s, %d x %d"):format(c.arm, n_seqs, depth))
-          local made, why = true, nil
-          if #later == 0 then made, why = make(c, model, plans[c.arm], n) end
-          if #later > 0 or not made and #group > 0 then later[#later + 1] = c
+          local made, state, why = true, nil, nil
+          if #later == 0 then made, state, why = make(c, model, plans[c.arm], n) end
+          if #later > 0 or state == "no memory" and #group > 0 then later[#later + 1] = c
           elseif made then group[#group + 1] = c
-          else rows[#rows + 1] = { bench = "generate", model = model.name, arm = c.arm, batch = n_seqs, depth = depth, status = "no memory", reason = why } end
+          else
+            rows[#rows + 1] = { bench = "generate", model = model.name, arm = c.arm, batch = n_seqs, depth = depth, status = state, reason = why }
+            log.warn("%s, batch %d, depth %d: %s", c.arm, n_seqs, depth, why)
+          end
         end
         for _ = 1, repeats do
-          for _, c in ipairs(group) do c.times[#c.times + 1] = step(c, n) end
+          for _, c in ipairs(group) do c.times[#c.times + 1] = step(c, c.steps) end
           if C.kv_interrupted() == 1 then check.fail("interrupted") end
         end
         for _, c in ipairs(group) do
           local us, iqr = require("kelvin.bench").median(c.times)
           rows[#rows + 1] = { bench = "generate", model = model.name, arm = c.arm, batch = n_seqs, depth = depth, us = us, iqr_us = iqr, tokens_per_s = 1e6 * n_seqs / us, cache_bytes = c.bytes,
-            bits_k = plans[c.arm].bits_payload.k, bits_v = plans[c.arm].bits_payload.v, path = c.path, repeats = repeats, tokens = n, status = "ok" }
+            bits_k = plans[c.arm].bits_payload.k, bits_v = plans[c.arm].bits_payload.v, path = c.path,
+            sink = plans[c.arm].resolved.layers[1].sink, recent = plans[c.arm].resolved.layers[1].recent, repeats = repeats, tokens = c.steps, status = "ok" }
           c.batch:free()
         end
         waiting = later
+        M.derive(rows, arms[1])
+        if o.rows then M.write(o.rows, rows, run) end       -- as it goes, so that an interrupted run has rows
       end
     end
   end
   log.clear()
-  M.derive(rows, arms[1])
-  if o.rows then M.write(o.rows, rows, { what = "bench generate", model = model.name, shape = M.SHAPES[model.name:match("^" .. PREFIX .. "(.*)$") or ""], arms = arms, repeats = repeats, tokens = n,
-    timing = "the device's time of whole decode steps, medians of interleaved repeats; depth without computing it" }, device) end
   return setmetatable(rows, { __tostring = function(t) return ("%s on %s\n"):format(model.name, lib.device(device).name) .. M.table(t) end })
 end
 
@@ -197,9 +204,8 @@ function M.render(rows, caption)
 end
 
 --- Rows, their manifest and what follows from them, as FILE.jsonl, FILE.run.json, FILE.table.md and FILE.break_even.svg.
-function M.write(path, rows, run, device)
-  for name, value in pairs(require("kelvin.bench_gpu").device_facts(device)) do run[name] = value end
-  run.code, run.git, run.host = manifest.code(), manifest.git(K.root), manifest.host()
+function M.write(path, rows, run)
+  if not run.code then run.code, run.git, run.host = manifest.code(), manifest.git(K.root), manifest.host() end
   require("kelvin.bench_gpu").write(path, rows, run, M.render(rows, M.caption(run)))
 end
 

@@ -310,6 +310,8 @@ function M.run(o)
       table.insert(run.unsupported, { what = name, reason = why })
       log.warn("%s: %s", name, why)
     end
+    if peers then M.join(rows, peers) end
+    if o.rows then M.write(o.rows, rows, run, M.render(rows, M.caption(run, rows))) end      -- as it goes, so that an interrupted run has rows
     if C.kv_interrupted() == 1 then check.fail("interrupted") end
   end
   for i, s in ipairs(shapes) do
@@ -321,8 +323,6 @@ function M.run(o)
     for _, head_dim in ipairs(o.dims or { 128 }) do add(name, M.codec(device, name, head_dim, repeats, o.size)) end
   end
   log.clear()
-  if peers then M.join(rows, peers) end
-  if o.rows then M.write(o.rows, rows, run, M.render(rows, M.caption(run, rows))) end
   return setmetatable(rows, { __tostring = function(t)
     return ("%s: read %.2f TB/s, copy %.2f TB/s (read and written)\n"):format(run.device, run.ceilings.read_tb_per_s, run.ceilings.copy_tb_per_s) .. M.table(t)
   end })
