@@ -286,6 +286,18 @@ function M.write(path, rows, run, files)
   for _, f in ipairs(files) do results.write(stem .. "." .. f[1], f[2]) end
 end
 
+--- rows(path): every line of a file, or nil and the reason.  (kelvin.results keeps one row an arm.)
+function M.rows(path)
+  local text, why = results.read(path)
+  if not text then return nil, why end
+  local rows = {}
+  for line in text:gmatch "[^\n]+" do
+    rows[#rows + 1], why = json.decode(line, path .. ":" .. #rows + 1)
+    if why or type(rows[#rows]) ~= "table" then return nil, why or ("%s:%d: a row is a JSON object"):format(path, #rows) end
+  end
+  return rows
+end
+
 --- run{ device =, shapes =, bits =, codecs = { names }, dims = { 128 }, repeats =, peers = path, rows = path, size = } -> rows, and run.json, table.md and share.svg beside `rows`.
 function M.run(o)
   local device = o.device or "cuda"
@@ -297,7 +309,7 @@ function M.run(o)
   local peers
   if o.peers then
     local why
-    peers, why = results.rows(o.peers)
+    peers, why = M.rows(o.peers)
     check.that(peers, "--peers: %s", why)
     run.peers = peers[1] and { torch = peers[1].torch, cudnn = peers[1].cudnn, flashinfer = peers[1].flashinfer, device = peers[1].device }
   end

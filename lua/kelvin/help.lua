@@ -23,7 +23,7 @@ function M.doc(name, text)
 end
 
 -- Everything is described even before it is used: load the modules that register text.
-local described = { "lib", "tensor", "codec", "compare", "arm", "policy", "policies", "mixedkv", "hybrid", "budgets", "plan", "model", "session", "calib", "eval", "experiment", "report",
+local described = { "lib", "tensor", "codec", "compare", "arm", "policy", "policies", "mixedkv", "hybrid", "budgets", "plan", "model", "session", "batch", "calib", "eval", "experiment", "report",
   "json", "config", "container", "index", "log", "bench", "doctor", "repl" }
 local loaded
 local function load_all()

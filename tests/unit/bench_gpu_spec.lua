@@ -9,6 +9,8 @@ local K = require "kelvin.ffi"
 
 local FIELDS = { "bench", "k", "v", "bits_k", "bits_v", "head_dim", "n_kv_heads", "group", "batch", "length", "bytes", "us", "tb_per_s", "ceiling_tb_per_s", "share", "limit" }
 
+local CODEC_FIELDS = { "what", "side", "codec", "family", "bits", "head_dim", "length", "bytes", "us", "tb_per_s", "ceiling_tb_per_s", "share", "limit" }
+
 local function run(arguments)
   local out, status = h.run(arguments)
   return out:gsub("\n$", ""), status == 0
@@ -86,10 +88,10 @@ describe("bench gpu", function()
   it("has committed rows with every field, whose table and plot follow from them", function()
     local paths = manifest.capture("ls " .. manifest.quote(K.root .. "/results/gpu") .. "/decode*.jsonl 2>/dev/null")
     for path in paths:gmatch "[^\n]+" do
-      local rows, stem = assert(results.rows(path)), path:match "^(.*)%.jsonl$"
+      local rows, stem = assert(gpu.rows(path)), path:match "^(.*)%.jsonl$"
       local info = assert(json.read(stem .. ".run.json"))
       for i, r in ipairs(rows) do
-        for _, f in ipairs(FIELDS) do assert(r[f] ~= nil, ("%s:%d: %s"):format(path, i, f)) end
+        for _, f in ipairs(r.bench == "codec" and CODEC_FIELDS or FIELDS) do assert(r[f] ~= nil, ("%s:%d: %s"):format(path, i, f)) end
         h.close(r.tb_per_s, r.bytes / r.us / 1e6, 1e-9)
         h.close(r.share, r.tb_per_s / r.ceiling_tb_per_s, 1e-9)
         if r.peer then h.close(r.ratio, r.peer_us / r.us, 1e-9) end
@@ -138,6 +140,22 @@ describe("bench generate", function()
     assert.equal(0, r[7].wins_from)
     assert.is_nil(r[9].wins_from)
     assert.is_nil(r[1].wins_from)
+  end)
+
+  it("has committed rows whose table and plot follow from them", function()
+    local paths = manifest.capture("ls " .. manifest.quote(K.root .. "/results/gpu") .. "/generate*.jsonl 2>/dev/null")
+    for path in paths:gmatch "[^\n]+" do
+      local committed, stem = assert(gpu.rows(path)), path:match "^(.*)%.jsonl$"
+      for i, r in ipairs(committed) do
+        for _, f in ipairs(r.status == "ok" and { "model", "arm", "batch", "depth", "us", "tokens_per_s", "attention_share", "speedup", "cache_bytes",
+          "path" } or { "model", "arm", "batch", "depth", "status", "reason" }) do
+          assert(r[f] ~= nil, ("%s:%d: %s"):format(path, i, f))
+        end
+      end
+      for _, f in ipairs(generate.render(committed, generate.caption(assert(json.read(stem .. ".run.json"))))) do
+        assert(results.read(stem .. "." .. f[1]) == f[2], stem .. "." .. f[1] .. " is not what its rows give")
+      end
+    end
   end)
 
   it("prints every row, also those that found no memory, and draws the same bytes twice", function()

@@ -88,7 +88,7 @@ describe("help", function()
 
   it("documents what the module offers", function()
     for _, name in ipairs { "kv.codec", "kv.codecs", "kv.compare", "kv.tensor", "kv.policy", "kv.policy.uniform", "kv.policy.resolve", "kv.fit_budget", "kv.model", "kv.eval",
-      "model:session", "session:feed", "model:calibrate", "kv.codec.parse_arm", "kv.bench" } do
+      "model:session", "model:batch", "session:feed", "model:calibrate", "kv.codec.parse_arm", "kv.bench" } do
       assert.is_string(help.text(name), name)
     end
   end)
