@@ -35,6 +35,15 @@ __device__ __forceinline__ row_of find_row(const dev_layer &a, const dev_slot &s
     return r.fresh ? row_of { (const uint8_t *)r.fresh, 3, false } : row_of { r.held, a.dtype, false };
 }
 
+// Lane i of 2 N keeps the sum over them of s[i], in s[0]: at each distance half of what is left goes across.
+template <int N> __device__ __forceinline__ void add_over_lanes(float *s, int lane)
+{
+    const bool upper = lane & N;
+#pragma unroll
+    for (int i = 0; i < N; i++) s[i] = (upper ? s[i + N] : s[i]) + __shfl_xor_sync(~0u, upper ? s[i] : s[i + N], N);
+    if constexpr (N > 1) add_over_lanes<N / 2>(s, lane);
+}
+
 template <int LANES, int U> __global__ void __launch_bounds__(WARPS * 32, U == 1 ? 2 : 1) attend_rows_kernel(const attend_job job)
 {
     constexpr int B = LANES / G, GROUPS = 32 / LANES;                   // positions whose scores the lanes hold; rows side by side
@@ -92,13 +101,7 @@ template <int LANES, int U> __global__ void __launch_bounds__(WARPS * 32, U == 1
                 for (int u = 0; u < U; u++) y = fmaf(q[g][u][3], x[b][u].w, fmaf(q[g][u][2], x[b][u].z, fmaf(q[g][u][1], x[b][u].y, fmaf(q[g][u][0], x[b][u].x, y))));
                 s[g * B + b] = y;
             }
-        // Lane i of a group keeps the sum of s[i]: at each distance half of what is left goes across.
-#pragma unroll
-        for (int n = LANES / 2; n; n /= 2) {
-            const bool upper = lane & n;
-#pragma unroll
-            for (int i = 0; i < n; i++) s[i] = (upper ? s[i + n] : s[i]) + __shfl_xor_sync(~0u, upper ? s[i] : s[i + n], n);
-        }
+        add_over_lanes<LANES / 2>(s, lane);
         const int p = p_of + in % B;
         float y = s[0] * job.scale;
         if (job.softcap > 0) y = job.softcap * tanhf(y / job.softcap);
@@ -215,7 +218,7 @@ bool rows_as_they_are(const kv_backend_cache *c, int layer)
         const dev_slot &s = c->at(layer, i / 2, i % 2);
         if (s.raw < 0 || s.turn || s.codec.page_bytes != (size_t)c->page_tokens * c->head_dim * (s.raw ? 2 : 4)) return false;
     }
-    return c->head_dim % 4 == 0;
+    return c->head_dim % 4 == 0 && c->head_dim <= 256;
 }
 
 cudaError_t attend_rows(kv_backend_cache *c, int layer, const float *q, const float *k, const float *v, float scale, float softcap, float *out, cudaStream_t stream)
@@ -226,7 +229,7 @@ cudaError_t attend_rows(kv_backend_cache *c, int layer, const float *q, const fl
     job.n_splits = c->n_splits;
     if (c->head_dim <= 64) return launch<16, 1>(job, stream);
     if (c->head_dim <= 128) return launch<32, 1>(job, stream);
-    return c->head_dim <= 256 ? launch<32, 2>(job, stream) : launch<32, 4>(job, stream);
+    return launch<32, 2>(job, stream);
 }
 
 }  // namespace kelvin

@@ -102,7 +102,7 @@ template <int RI, int NJ, bool FEW> __global__ void __launch_bounds__(THREADS, N
     const int r = threadIdx.x / 16, c = threadIdx.x % 16, head = blockIdx.y, seq = blockIdx.z, group = a.n_heads / a.n_kv_heads, m = job.n * group;
     const int n_tiles = (m + ROWS - 1) / ROWS, tile = FEW ? blockIdx.x / job.n_splits : n_tiles - 1 - blockIdx.x, row0 = tile * ROWS;      // longest first
     const int length = a.length[seq], i0 = length + row0 / group, i1 = length + (min(row0 + ROWS, m) - 1) / group;
-    const dev_slot sk = a.slot[head * 2], sv = a.slot[head * 2 + 1];
+    const dev_slot &sk = a.slot[head * 2], &sv = a.slot[head * 2 + 1];        // not copies: what decodes takes them by reference, and a thread's own would fill the cache
 
     // Tiles of keys of this block.
     const int lo = first_seen(a.window, i0);

@@ -36,7 +36,7 @@ __global__ void encode_rows(dev_layer a, int n, const float *k, const float *v, 
 {
     __shared__ float4 lent[WARPS][CODEC_SCRATCH / 4], mine[WARPS][512 / 4];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32, head = blockIdx.y / 2, seq = blockIdx.z, d = a.head_dim;
-    const dev_slot s = a.slot[blockIdx.y];
+    const dev_slot &s = a.slot[blockIdx.y];
     if ((s.codec.granule == 1) != (single != 0)) return;
     const float *x = blockIdx.y % 2 ? v : k;
     const int length = a.length[seq], from = encoded_at(a, s, seq, length), to = encoded_at(a, s, seq, length + n), g = s.codec.granule;
@@ -71,7 +71,7 @@ __global__ void save_rows(dev_layer a, int n, const float *k, const float *v)
 {
     const int lane = threadIdx.x % 32, seq = blockIdx.z, j = blockIdx.x * WARPS + threadIdx.x / 32;
     if (j >= n) return;
-    const dev_slot s = a.slot[blockIdx.y];
+    const dev_slot &s = a.slot[blockIdx.y];
     const int length = a.length[seq];
     save_row(a, s, seq, blockIdx.y / 2, length + j, n, length, encoded_at(a, s, seq, length + n), blockIdx.y % 2 ? v : k, lane);
 }
@@ -101,7 +101,7 @@ __global__ void decode_rows(dev_layer a, int n, int p0, int p1, float *rows, int
 {
     __shared__ float4 lent[WARPS][CODEC_SCRATCH / 4];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, seq = blockIdx.z, p = p0 + blockIdx.x * WARPS + warp;
-    const dev_slot s = a.slot[blockIdx.y];
+    const dev_slot &s = a.slot[blockIdx.y];
     if (p >= p1 || p < a.sink || p >= a.sink + encoded_at(a, s, seq, a.length[seq] + n) || p < first_seen(a.window, a.length[seq])) return;
     decode_slot_row(a, s, seq, p - a.sink, rows + (((size_t)seq * gridDim.y + blockIdx.y) * slab + (p - p0)) * ld, (float *)lent[warp], lane, codec_decode);
 }
@@ -147,7 +147,7 @@ cudaError_t read(const kv_backend_cache *c, int seq, int layer, int head, int si
 
 __global__ void put_tail(dev_layer a, int slot, int seq, int p0, int n, const float *rows)
 {
-    const dev_slot s = a.slot[slot];
+    const dev_slot &s = a.slot[slot];
     const size_t bytes = (size_t)a.head_dim * (a.dtype ? 2 : 4);
     for (int j = blockIdx.x; j < n; j += gridDim.x) {
         uint8_t *row = s.tail + seq * s.tail_stride + (size_t)((p0 + j - a.sink) % s.tail_rows) * bytes;
