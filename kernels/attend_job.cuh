@@ -15,7 +15,7 @@ struct attend_job {
     int          p0, p1, slab, ld, first, last; // of this slab
     float       *state;                         // [n_seqs][n_kv_heads][stacked rows][D + 2]
     float       *parts;                         // [n_seqs][n_kv_heads][row tiles][splits][16][D + 2]
-    int         *arrivals, n_splits;
+    int         *arrivals, n_splits, stage_bytes;       // of a side's pages of a tile of keys in shared memory; 0: pages are read where they lie
 };
 
 // Four values of an exact row from dim i on.

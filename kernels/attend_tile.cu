@@ -4,7 +4,8 @@
 // tiles of keys, at absolute positions that are multiples of the tile, so that the order of a row's sums depends on nothing but its position: two
 // plans that give equal rows give equal bits.
 //
-//   few rows (a decode step)   16 rows; warps decode a tile's rows into shared memory.  Keys are split between blocks; the last to arrive merges.
+//   few rows (a decode step)   16 rows; pages of a tile come to shared memory by asynchronous copies, its warps decode them there.  Keys are split
+//                              between blocks; the last to arrive merges.
 //   chunks                     16 to 64 rows.  Decoded rows come from a slab: all tiles of queries meet the same positions, decoded once, slab after
 //                              slab; maximum, sum and accumulator wait in memory in between.  No prefix is ever decoded as a whole.
 //
@@ -17,6 +18,7 @@
 #include <algorithm>
 #include "attend_job.cuh"
 #include "codecs.cuh"
+#include "kelvin/mma.cuh"
 
 namespace kelvin {
 namespace {
@@ -34,7 +36,7 @@ struct tile_of_keys { int j0, from, to; bool decoded; };              // rows of
 
 // Rows of a tile of keys in one version to shared memory.
 template <int RI, int NJ, bool FEW>
-__device__ __forceinline__ void load_tile(const attend_job &job, const dev_slot &s, int side, int seq, int head, int length, const tile_of_keys &t, float *x, float *lent)
+__device__ __forceinline__ void load_tile(const attend_job &job, const dev_slot &s, int side, int seq, int head, int length, const tile_of_keys &t, const uint8_t *pages, float *x, float *lent)
 {
     using shape = tile_shape<RI, NJ>;
     constexpr int AT_ONCE = 8;                                          // loads in flight before the first store
@@ -45,7 +47,7 @@ __device__ __forceinline__ void load_tile(const attend_job &job, const dev_slot 
         const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
         if (warp < shape::lenders)
             for (int p = t.j0 + warp; p < t.to; p += shape::lenders)
-                if (p >= decoded0) decode_slot_row(a, s, seq, p - a.sink, x + (p - t.j0) * shape::LD, lent + warp * CODEC_SCRATCH, lane, codec_decode);
+                if (p >= decoded0) decode_slot_row(a, s, pages, p - a.sink, x + (p - t.j0) * shape::LD, lent + warp * CODEC_SCRATCH, lane, codec_decode);
         if (decoded0 <= t.j0 && t.to >= t.j0 + shape::KEYS) return;
     }
     for (int base = 0; base < shape::KEYS * job.d4; base += AT_ONCE * THREADS) {
@@ -66,19 +68,17 @@ __device__ __forceinline__ void load_tile(const attend_job &job, const dev_slot 
     }
 }
 
-// Asks for the pages of a tile's positions [j0, j1), so that they are near when they are decoded.
-__device__ __forceinline__ void ask_for(const dev_layer &a, const dev_slot &s, int seq, int j0, int j1)
+// Starts copying the pages of a tile's positions [p0, p1) to shared memory, and says where page 0 would lie there.  One group of copies, empty or not.
+__device__ __forceinline__ const uint8_t *copy_pages(const dev_layer &a, const dev_slot &s, int seq, int p0, int p1, uint8_t *stage)
 {
-#ifndef KV_EMULATE
-    if (j0 >= j1) return;
-    const uint8_t *page = s.page + seq * s.page_stride;
-    const size_t from = (size_t)((j0 - a.sink) / a.page_tokens) * s.codec.page_bytes, to = (size_t)((j1 - 1 - a.sink) / a.page_tokens + 1) * s.codec.page_bytes;
-    for (size_t i = from + threadIdx.x * 128; i < to; i += THREADS * 128) {
-        unsigned unused;
-        asm volatile("ld.global.ca.u32 %0, [%1];" : "=r"(unused) : "l"(page + i));
-        (void)unused;
+    const uint8_t *pages = pages_of(s, seq), *base = stage;
+    if (p0 < p1) {
+        const int page0 = (p0 - a.sink) / a.page_tokens, page1 = (p1 - 1 - a.sink) / a.page_tokens + 1;
+        base -= (size_t)page0 * s.codec.page_bytes;
+        for (size_t i = (size_t)page0 * s.codec.page_bytes + threadIdx.x * 16; i < (size_t)page1 * s.codec.page_bytes; i += THREADS * 16) copy_async((uint8_t *)base + i, pages + i);
     }
-#endif
+    copy_commit();
+    return base;
 }
 
 __device__ __forceinline__ float max_of_half(float x)
@@ -165,10 +165,20 @@ template <int RI, int NJ, bool FEW> __global__ void __launch_bounds__(THREADS, N
         alike[side] = !s.never && a.recent == 0 && s.codec.granule == 1;
     }
 
+    uint8_t *stage = (uint8_t *)(lent + shape::lenders * CODEC_SCRATCH);
+    const uint8_t *pages[2] = {};
     for (int t = t0; t < t1; t++) {
         const int j0 = t * KEYS, j1 = min(j0 + KEYS, i1 + 1);
-        if (FEW && t == t0) ask_for(a, sk, seq, max(max(j0, lo), a.sink), min(j1, bound[0][1]));
-        if (FEW) ask_for(a, sv, seq, max(max(j0, lo), a.sink), min(j1, bound[1][1]));
+        if (FEW) {
+            if (job.stage_bytes) {
+                if (t == t0) pages[0] = copy_pages(a, sk, seq, max(max(j0, lo), a.sink), min(j1, bound[0][1]), stage);
+                pages[1] = copy_pages(a, sv, seq, max(max(j0, lo), a.sink), min(j1, bound[1][1]), stage + job.stage_bytes);
+                copy_wait<1>();                                         // the keys' pages are there
+            } else {
+                pages[0] = pages_of(sk, seq);
+                pages[1] = pages_of(sv, seq);
+            }
+        }
         float s[RI][KJ];
 #pragma unroll
         for (int i = 0; i < RI; i++)
@@ -180,7 +190,7 @@ template <int RI, int NJ, bool FEW> __global__ void __launch_bounds__(THREADS, N
             if (early ? alike[0] || bound[0][0] >= j1 : j0 >= bound[0][1]) continue;
             const tile_of_keys keys = { j0, max(j0, early ? max(lo, bound[0][0]) : lo), early ? j1 : min(j1, bound[0][1]), !early };
             __syncthreads();
-            load_tile<RI, NJ, FEW>(job, sk, 0, seq, head, length, keys, x, lent);
+            load_tile<RI, NJ, FEW>(job, sk, 0, seq, head, length, keys, pages[0], x, lent);
             __syncthreads();
             float y[RI][KJ];
 #pragma unroll
@@ -232,7 +242,10 @@ template <int RI, int NJ, bool FEW> __global__ void __launch_bounds__(THREADS, N
                 for (int e = 0; e < 4; e++) acc[i][j][e] *= keep;
         }
         // Values.
-        if (FEW && t + 1 < t1) ask_for(a, sk, seq, max(j0 + KEYS, a.sink), min(min(j0 + 2 * KEYS, i1 + 1), bound[0][1]));
+        if (FEW && job.stage_bytes) {
+            pages[0] = copy_pages(a, sk, seq, max(j0 + KEYS, a.sink), t + 1 < t1 ? min(min(j0 + 2 * KEYS, i1 + 1), bound[0][1]) : 0, stage);
+            copy_wait<1>();
+        }
 #pragma unroll 1
         for (int early = 0; early < 2; early++) {
             if (early ? alike[1] || bound[1][0] >= j1 : j0 >= bound[1][1]) continue;
@@ -242,7 +255,7 @@ template <int RI, int NJ, bool FEW> __global__ void __launch_bounds__(THREADS, N
 #pragma unroll
                 for (int j = 0; j < KJ; j++) w[(r + 16 * i) * LP + c + 16 * j] = (j0 + c + 16 * j < late[1][i]) == !early ? s[i][j] : 0.0f;
             __syncthreads();
-            load_tile<RI, NJ, FEW>(job, sv, 1, seq, head, length, keys, x, lent);
+            load_tile<RI, NJ, FEW>(job, sv, 1, seq, head, length, keys, pages[1], x, lent);
             __syncthreads();
             for (int k = 0; k < KEYS; k += 4) {
                 float4 p[RI];
@@ -294,9 +307,17 @@ template <int RI, int NJ, bool FEW> __global__ void __launch_bounds__(THREADS, N
     merge_parts(job, seq, head, row0, min(ROWS, m - row0), splits, part - (size_t)split * ROWS * held, ROWS * held, job.arrivals + ((size_t)seq * a.n_kv_heads + head) * n_tiles + tile);
 }
 
-template <int RI, int NJ, bool FEW> cudaError_t launch(const attend_job &job, int blocks, cudaStream_t stream)
+template <int RI, int NJ, bool FEW> cudaError_t launch(attend_job job, int blocks, int page_bytes, int room, cudaStream_t stream)
 {
-    constexpr size_t bytes = tile_shape<RI, NJ>::bytes(FEW);
+    using shape = tile_shape<RI, NJ>;
+    size_t bytes = shape::bytes(FEW);
+    if (FEW) {
+        const size_t stage = (size_t)((shape::KEYS - 1) / job.a.page_tokens + 2) * page_bytes;       // pages that a tile can touch
+        if (bytes + 2 * stage <= (size_t)room) {
+            job.stage_bytes = (int)stage;
+            bytes += 2 * stage;
+        }
+    }
     const cudaError_t e = cudaFuncSetAttribute((const void *)attend_kernel<RI, NJ, FEW>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes);
     if (e != cudaSuccess) return e;
     KV_LAUNCH((attend_kernel<RI, NJ, FEW>), dim3(blocks, job.a.n_kv_heads, job.a.n_seqs), THREADS, bytes, stream, job);
@@ -313,11 +334,14 @@ cudaError_t attend_few_tile(kv_backend_cache *c, int layer, int n, const float *
     job.arrivals = c->arrivals;
     job.n_splits = c->n_splits;
     const int blocks = (n * c->group + ROWS_OF_FEW - 1) / ROWS_OF_FEW * c->n_splits;
+    size_t page_bytes = 0;
+    for (int i = 0; i < c->n_kv_heads * 2; i++) page_bytes = std::max(page_bytes, c->at(layer, i / 2, i % 2).codec.page_bytes);
+    const int bytes = (int)std::min(page_bytes, (size_t)1 << 24), room = c->shared_bytes;
     switch ((c->head_dim + 63) / 64) {
-    case 1: return launch<1, 1, true>(job, blocks, stream);
-    case 2: return launch<1, 2, true>(job, blocks, stream);
-    case 3: case 4: return launch<1, 4, true>(job, blocks, stream);
-    default: return launch<1, 8, true>(job, blocks, stream);
+    case 1: return launch<1, 1, true>(job, blocks, bytes, room, stream);
+    case 2: return launch<1, 2, true>(job, blocks, bytes, room, stream);
+    case 3: case 4: return launch<1, 4, true>(job, blocks, bytes, room, stream);
+    default: return launch<1, 8, true>(job, blocks, bytes, room, stream);
     }
 }
 
@@ -338,10 +362,10 @@ cudaError_t attend_chunk(kv_backend_cache *c, int layer, int n, const float *q, 
         cudaError_t e = c->form[layer]->decode(c, layer, n, p0, std::min(job.p1, longest), c->slab, c->slab_tokens, c->ld, stream);
         if (e != cudaSuccess) return e;
         switch ((c->head_dim + 63) / 64) {
-        case 1: e = launch<4, 1, false>(job, (m + 63) / 64, stream); break;
-        case 2: e = launch<4, 2, false>(job, (m + 63) / 64, stream); break;
-        case 3: case 4: e = launch<2, 4, false>(job, (m + 31) / 32, stream); break;
-        default: e = launch<1, 8, false>(job, (m + 15) / 16, stream);
+        case 1: e = launch<4, 1, false>(job, (m + 63) / 64, 0, 0, stream); break;
+        case 2: e = launch<4, 2, false>(job, (m + 63) / 64, 0, 0, stream); break;
+        case 3: case 4: e = launch<2, 4, false>(job, (m + 31) / 32, 0, 0, stream); break;
+        default: e = launch<1, 8, false>(job, (m + 15) / 16, 0, 0, stream);
         }
         if (e != cudaSuccess) return e;
     }

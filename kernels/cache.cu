@@ -88,11 +88,11 @@ void fill_angles(const angles &t, int n_rot, int page_tokens, float *cs)
         }
 }
 
-int sm_count(int device)
+int attribute(cudaDeviceAttr what, int device, int least)
 {
     int n = 0;
-    if (cudaDeviceGetAttribute(&n, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) cudaGetLastError();
-    return n > 0 ? n : 1;
+    if (cudaDeviceGetAttribute(&n, what, device) != cudaSuccess) cudaGetLastError();
+    return std::max(n, least);
 }
 
 int allocate(kv_backend_cache *c, char *err, size_t cap)
@@ -243,7 +243,8 @@ int cache_new(int device, const kv_backend_plan *p, int n_seqs, int max_tokens, 
         }
     c->held.assign((size_t)n_seqs * c->kind.size(), cache_held{});
     const int row_tiles = std::max(FEW_ROWS / ROWS_OF_FEW, (c->group + ROWS_OF_FEW - 1) / ROWS_OF_FEW);
-    c->n_splits = std::max(1, std::min((int)MAX_SPLITS, BLOCKS_A_SM * sm_count(device) / (n_seqs * n_kv)));
+    c->n_splits = std::max(1, std::min((int)MAX_SPLITS, BLOCKS_A_SM * attribute(cudaDevAttrMultiProcessorCount, device, 1) / (n_seqs * n_kv)));
+    c->shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device, c->shared_bytes) - 1024;
     c->staging_rows = granules > 1 ? std::max((int)STAGED_ROWS, granules) : 0;
     const size_t rows_at_once = (size_t)n_seqs * n_kv * row_tiles;
     const size_t at_slots = books.take(c->slot.size(), sizeof(dev_slot)), at_length = books.take(n_seqs, sizeof(int)), at_encoded = books.take(c->held.size(), sizeof(int));

@@ -88,11 +88,11 @@ __device__ inline void turn_row(const dev_slot &s, int page, bool back, float *x
     }
 }
 
-// Row of token u of a slot's pages as attention reads it: mean added, keys turned to their absolute positions.
-template <class Decode> __device__ void decode_slot_row(const dev_layer &a, const dev_slot &s, int seq, int u, float *row, float *scratch, int lane, Decode decode)
+// Row of token u of a slot's pages as attention reads it: mean added, keys turned to their absolute positions.  Page g lies at pages + g * page_bytes.
+template <class Decode> __device__ void decode_slot_row(const dev_layer &a, const dev_slot &s, const uint8_t *pages, int u, float *row, float *scratch, int lane, Decode decode)
 {
     const int page = u / a.page_tokens;
-    decode(s.codec, s.page + seq * s.page_stride + (size_t)page * s.codec.page_bytes, u % a.page_tokens, row, scratch, lane);
+    decode(s.codec, pages + (size_t)page * s.codec.page_bytes, u - page * a.page_tokens, row, scratch, lane);
     __syncwarp();
     if (s.mean)
         for (int i = lane; i < a.head_dim; i += 32) row[i] += s.mean[i];
@@ -101,6 +101,7 @@ template <class Decode> __device__ void decode_slot_row(const dev_layer &a, cons
         turn_row(s, page, true, row, lane);
     }
 }
+__device__ inline const uint8_t *pages_of(const dev_slot &s, int seq) { return s.page + seq * s.page_stride; }
 
 // Rows are few when a block's tile of 16 holds them, twice at most: then pages are decoded in the kernel that attends.
 enum { FEW_ROWS = 32, ROWS_OF_FEW = 16, KEYS_STEP = 64 };
@@ -170,7 +171,7 @@ struct kv_backend_cache {
     kelvin::kind_books *dev_kinds = nullptr;
     int     *dev_length = nullptr, *dev_encoded = nullptr, *dev_bad = nullptr, *arrivals = nullptr;
     float   *parts = nullptr, *staging = nullptr;
-    int      n_splits = 1, staging_rows = 0;
+    int      n_splits = 1, staging_rows = 0, shared_bytes = 48 << 10;  // shared memory that a block may have
 
     // Working memory, grown by kv_dev_cache_reserve.
     uint8_t *saved = nullptr;                                           // rings as of the last commit, at tail_at of their layers

@@ -103,7 +103,7 @@ __global__ void decode_rows(dev_layer a, int n, int p0, int p1, float *rows, int
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, seq = blockIdx.z, p = p0 + blockIdx.x * WARPS + warp;
     const dev_slot &s = a.slot[blockIdx.y];
     if (p >= p1 || p < a.sink || p >= a.sink + encoded_at(a, s, seq, a.length[seq] + n) || p < first_seen(a.window, a.length[seq])) return;
-    decode_slot_row(a, s, seq, p - a.sink, rows + (((size_t)seq * gridDim.y + blockIdx.y) * slab + (p - p0)) * ld, (float *)lent[warp], lane, codec_decode);
+    decode_slot_row(a, s, pages_of(s, seq), p - a.sink, rows + (((size_t)seq * gridDim.y + blockIdx.y) * slab + (p - p0)) * ld, (float *)lent[warp], lane, codec_decode);
 }
 
 cudaError_t append(kv_backend_cache *c, int layer, int n, const float *k, const float *v, cudaStream_t stream)
@@ -137,7 +137,7 @@ __global__ void read_rows(dev_layer a, int slot, int seq, int u0, int u1, float 
 {
     __shared__ float4 lent[WARPS][CODEC_SCRATCH / 4];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, u = u0 + blockIdx.x * WARPS + warp;
-    if (u < u1) decode_slot_row(a, a.slot[slot], seq, u, rows + (size_t)(u - u0) * a.head_dim, (float *)lent[warp], lane, codec_decode);
+    if (u < u1) decode_slot_row(a, a.slot[slot], pages_of(a.slot[slot], seq), u, rows + (size_t)(u - u0) * a.head_dim, (float *)lent[warp], lane, codec_decode);
 }
 cudaError_t read(const kv_backend_cache *c, int seq, int layer, int head, int side, int u0, int u1, float *rows, cudaStream_t stream)
 {
