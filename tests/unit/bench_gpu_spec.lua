@@ -48,6 +48,18 @@ describe("bench gpu", function()
     assert.same({ { 4, 4 }, { 2, 2 }, { 4, 2 } }, gpu.parse_bits "4,2,4/2")
   end)
 
+  it("has committed rows of peers that are right, or say why they are not here", function()
+    local rows = assert(gpu.rows(K.root .. "/results/gpu/peers.jsonl"))
+    assert(#rows > 0)
+    for i, r in ipairs(rows) do
+      for _, f in ipairs(r.status == "missing" and { "peer", "reason" } or { "peer", "batch", "length", "head_dim", "n_kv_heads", "group", "bytes", "us", "tb_per_s", "rel_err", "copies",
+        "repeats", "torch", "device" }) do
+        assert(r[f] ~= nil, ("peers.jsonl:%d: %s"):format(i, f))
+      end
+      if r.status == "ok" then h.close(r.tb_per_s, r.bytes / r.us / 1e6, 1e-9) end
+    end
+  end)
+
   it("reads the fixed cost and the rate off two lengths, and no rate above the ceiling", function()
     local fixed, rate = gpu.line({ us = 30, bytes = 4e7 }, { us = 15, bytes = 1e7 }, 4)
     h.close(fixed, 10, 1e-9)
