@@ -47,12 +47,12 @@ template <int D, bool TURNED> __global__ void late_images(dev_layer a, int n, co
         const int u = p - a.sink;
         if (TURNED) {
             const scalar_device_part &part = *plain_part((const scalar_device *)s.codec.pod);
-            const uint8_t *page = s.page + seq * s.page_stride + (size_t)(u / a.page_tokens) * s.codec.page_bytes;
+            const uint8_t *page = pages_of(s, seq) + (size_t)(u / a.page_tokens) * s.codec.page_bytes;
             const float scale = scalar_codec::scale_at(part, page, u % a.page_tokens);
 #pragma unroll
             for (int i = 0; i < V; i++) x[i] = part.centroid[scalar_codec::get(part, page, slot % 2 == 0, u % a.page_tokens, lane * V + i)] * scale;
         } else {
-            decode_slot_row(a, s, seq, u, row[warp], lent[warp], lane, codec_decode);
+            decode_slot_row(a, s, pages_of(s, seq), u, row[warp], lent[warp], lane, codec_decode);
             __syncwarp();
 #pragma unroll
             for (int i = 0; i < V; i++) x[i] = row[warp][lane * V + i];
