@@ -28,7 +28,7 @@ function M.report()
         math.floor(d.runtime / 1000), d.runtime % 1000 / 10) or d.name)
       if name == "cuda" then
         say("ok", "plugin", d.plugin)
-        local measured, c = pcall(function() return require("kelvin.bench_gpu").ceilings(name, 2 ^ 30, 5) end)
+        local measured, c = pcall(function() return require("kelvin.bench_gpu").ceilings(name, 2 ^ 28, 9) end)
         say(measured and "ok" or "FAILED", "memory", measured and ("read %.2f TB/s, copy %.2f TB/s (read and written)"):format(c.read_tb_per_s, c.copy_tb_per_s) or tostring(c))
       end
     else say("missing", name, d.reason) end
