@@ -535,8 +535,14 @@ static bool dies(void (*mistake)(int), const std::string &words)
     const pid_t pid = fork();
     if (pid == 0) {
         dup2(pipes[1], 2);
-        KV_LAUNCH(mistake, 1, 64, 0, 0, 0);
-        cudaDeviceSynchronize();
+        if (mistake) {
+            KV_LAUNCH(mistake, 1, 64, 0, 0, 0);
+            cudaDeviceSynchronize();
+        } else {
+            volatile int *p;
+            cudaMalloc((int **)&p, 4);
+            exit(*p == 7);
+        }
         _exit(0);
     }
     close(pipes[1]);
@@ -572,6 +578,7 @@ int main()
     claim(check_memory(), "fresh memory is poison; copies know sides and sizes");
     claim(check_unwritten(), "shared memory begins as poison, static and dynamic");
     claim(check_unwaited(), "an asynchronous copy that was not waited for is poison");
+    claim(dies(nullptr, "the host touches device memory"), "a host that reads device memory ends the process");
     claim(dies(half_sync, "of mask 0x0000ffff is called by lane"), "a lane outside its mask ends the process");
     claim(dies(half_warp, "no thread can go on"), "two collectives in one warp end the process");
     claim(dies(some_lanes, "wait in mma.m16n8k32 s8 s8 of mask 0xffffffff for lanes 3"), "a product without one lane names it");

@@ -1,8 +1,10 @@
 // runtime.cpp -- the runtime API of the emulator: memory that knows its owner, one queue for all streams, graphs as lists of operations.
-#include <sys/time.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <sys/mman.h>
 #include <time.h>
+#include <unistd.h>
 #include <deque>
 #include <map>
 #include <mutex>
@@ -10,6 +12,13 @@
 #include <vector>
 #include "blocks.h"
 #include "cuda_runtime.h"
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#else
+#define ASAN_POISON_MEMORY_REGION(p, n) ((void)(p), (void)(n))
+#define ASAN_UNPOISON_MEMORY_REGION(p, n) ((void)(p), (void)(n))
+#endif
 
 using operation = std::function<void()>;
 
@@ -41,8 +50,13 @@ struct state {
     std::unordered_map<const void *, int> shared_limit;
     std::map<cudaStream_t, bool> streams;
     size_t used = 0, memory = (size_t)4 << 30;
+    // Device memory: one mapping that only what runs on the device may touch.
+    char  *arena = nullptr, *arena_top = nullptr;       // top: of what was ever handed out
+    size_t arena_size = 0;
+    int    opened = 0;
+    struct sigaction before = {};
     int captures = 0, strict_captures = 0;
-    bool eager = false, running = false;
+    bool eager = false;
     state()
     {
         if (const char *e = getenv("KV_EMULATE_MEMORY")) memory = strtoull(e, nullptr, 10);
@@ -59,15 +73,7 @@ cudaError_t say(cudaError_t e)
     return e;
 }
 
-void drain()
-{
-    state &s = st();
-    while (!s.queue.empty()) {
-        const operation op = std::move(s.queue.front());
-        s.queue.pop_front();
-        op();
-    }
-}
+void drain();
 
 cudaError_t enqueue(cudaStream_t stream, operation op)
 {
@@ -130,16 +136,79 @@ bool lies(const void *p, size_t n, bool device)
     return (a->kind == DEVICE) == device && (uintptr_t)p + n <= start + a->n;
 }
 
+// The host that reads or writes device memory dies of it, with a word.
+void on_fault(int sig, siginfo_t *info, void *)
+{
+    state &s = st();
+    const char *at = (const char *)info->si_addr;
+    if (s.arena && at >= s.arena && at < s.arena + s.arena_size) {
+        static const char said[] = "emulate: the host touches device memory outside of a copy\n";
+        if (write(2, said, sizeof said - 1) < 0) _exit(2);
+    }
+    sigaction(sig, &s.before, nullptr);                 // and again, as it would have been
+}
+
+struct device_open {
+    device_open() { if (st().opened++ == 0) protect(PROT_READ | PROT_WRITE); }
+    ~device_open() { if (--st().opened == 0) protect(PROT_NONE); }
+    static void protect(int how)
+    {
+        state &s = st();
+        if (s.arena && mprotect(s.arena, (size_t)(s.arena_top - s.arena), how) != 0) kv_emulate::fail("mprotect of %zu bytes failed", (size_t)(s.arena_top - s.arena));
+    }
+};
+
+constexpr size_t GAP = 256, PAGE = 4096;
+size_t room_of(size_t n) { return (n + GAP - 1) / GAP * GAP + GAP; }
+
+// First fit; null when the arena has no such hole.
+char *device_room(size_t n)
+{
+    state &s = st();
+    if (!s.arena) {
+        s.arena_size = 4 * s.memory;
+        void *p = mmap(nullptr, s.arena_size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (p == MAP_FAILED) return nullptr;
+        s.arena = s.arena_top = (char *)p;
+        struct sigaction act = {};
+        act.sa_sigaction = on_fault;
+        act.sa_flags = SA_SIGINFO | SA_NODEFER;
+        sigaction(SIGSEGV, &act, &s.before);
+    }
+    char *at = s.arena;
+    for (auto it = s.areas.lower_bound((uintptr_t)s.arena); it != s.areas.end() && it->first < (uintptr_t)s.arena + s.arena_size; ++it) {
+        if ((size_t)(it->first - (uintptr_t)at) >= room_of(n)) return at;
+        at = (char *)it->first + room_of(it->second.n);
+    }
+    return room_of(n) <= (size_t)(s.arena + s.arena_size - at) ? at : nullptr;
+}
+
 cudaError_t allocate(void **p, size_t n, int kind)
 {
     state &s = st();
     *p = nullptr;
     if (n == 0) return cudaSuccess;
-    if (kind == DEVICE && (n > s.memory || s.used > s.memory - n)) return say(cudaErrorMemoryAllocation);
-    if (posix_memalign(p, 256, n) != 0) return say(cudaErrorMemoryAllocation);
-    memset(*p, 0xFF, n);
-    s.areas[(uintptr_t)*p] = { n, kind };
-    if (kind == DEVICE) s.used += n;
+    if (kind == PINNED) {
+        if (posix_memalign(p, 256, n) != 0) return say(cudaErrorMemoryAllocation);
+        memset(*p, 0xFF, n);
+        s.areas[(uintptr_t)*p] = { n, kind };
+        return cudaSuccess;
+    }
+    if (n > s.memory || s.used > s.memory - n) return say(cudaErrorMemoryAllocation);
+    char *at = device_room(n);
+    if (!at) return say(cudaErrorMemoryAllocation);
+    char *end = (char *)(((uintptr_t)at + room_of(n) + PAGE - 1) / PAGE * PAGE);
+    if (end > s.arena_top) {
+        s.arena_top = end;
+        if (s.opened) device_open::protect(PROT_READ | PROT_WRITE);
+    }
+    const device_open open;
+    ASAN_UNPOISON_MEMORY_REGION(at, room_of(n));
+    memset(at, 0xFF, n);
+    ASAN_POISON_MEMORY_REGION(at + n, room_of(n) - n);
+    s.areas[(uintptr_t)at] = { n, kind };
+    s.used += n;
+    *p = at;
     return cudaSuccess;
 }
 cudaError_t release(void *p, int kind)
@@ -148,10 +217,29 @@ cudaError_t release(void *p, int kind)
     if (!p) return cudaSuccess;
     const auto it = s.areas.find((uintptr_t)p);
     if (it == s.areas.end() || it->second.kind != kind) return say(cudaErrorInvalidValue);
-    if (kind == DEVICE) s.used -= it->second.n;
+    const size_t n = it->second.n;
     s.areas.erase(it);
-    free(p);
+    if (kind == PINNED) {
+        free(p);
+        return cudaSuccess;
+    }
+    s.used -= n;
+    ASAN_POISON_MEMORY_REGION(p, n);
+    const uintptr_t first = ((uintptr_t)p + PAGE - 1) / PAGE * PAGE, last = ((uintptr_t)p + n) / PAGE * PAGE;
+    if (last > first + (1 << 20)) madvise((void *)first, last - first, MADV_DONTNEED);
     return cudaSuccess;
+}
+
+void drain()
+{
+    state &s = st();
+    if (s.queue.empty()) return;
+    const device_open open;
+    while (!s.queue.empty()) {
+        const operation op = std::move(s.queue.front());
+        s.queue.pop_front();
+        op();
+    }
 }
 
 double now_ms()
@@ -294,6 +382,7 @@ static cudaError_t copy(void *dst, size_t dst_pitch, const void *src, size_t src
     if (e != cudaSuccess) return e;
     if (blocking) {
         if ((e = wait_all()) != cudaSuccess) return e;
+        const device_open open;
         copy_rows((char *)dst, dst_pitch, (const char *)src, src_pitch, width, height);
         return cudaSuccess;
     }
