@@ -14,6 +14,7 @@
 #ifdef KV_EMULATE
 #include <sys/wait.h>
 #include <unistd.h>
+namespace kv_emulate { bool host_is_kept_out(); }       // of device memory: where the machine has protection keys
 #endif
 using namespace kelvin;
 
@@ -578,7 +579,7 @@ int main()
     claim(check_memory(), "fresh memory is poison; copies know sides and sizes");
     claim(check_unwritten(), "shared memory begins as poison, static and dynamic");
     claim(check_unwaited(), "an asynchronous copy that was not waited for is poison");
-    claim(dies(nullptr, "the host touches device memory"), "a host that reads device memory ends the process");
+    if (kv_emulate::host_is_kept_out()) claim(dies(nullptr, "the host touches device memory"), "a host that reads device memory ends the process");
     claim(dies(half_sync, "of mask 0x0000ffff is called by lane"), "a lane outside its mask ends the process");
     claim(dies(half_warp, "no thread can go on"), "two collectives in one warp end the process");
     claim(dies(some_lanes, "wait in mma.m16n8k32 s8 s8 of mask 0xffffffff for lanes 3"), "a product without one lane names it");

@@ -369,6 +369,7 @@ struct workers {
             start.wait(hold, [&] { return generation != seen; });
             seen = generation;
             hold.unlock();
+            enter_device();
             run_blocks();
             hold.lock();
             if (--running == 0) done.notify_one();

@@ -50,9 +50,10 @@ struct state {
     std::unordered_map<const void *, int> shared_limit;
     std::map<cudaStream_t, bool> streams;
     size_t used = 0, memory = (size_t)4 << 30;
-    // Device memory: one mapping that only what runs on the device may touch.
-    char  *arena = nullptr, *arena_top = nullptr;       // top: of what was ever handed out
+    // Device memory: one mapping with a protection key, which only what runs on the device unlocks.
+    char  *arena = nullptr;
     size_t arena_size = 0;
+    int    key = -1;                    // -1: the processor or the kernel has none, the host may touch everything
     int    opened = 0;
     struct sigaction before = {};
     int captures = 0, strict_captures = 0;
@@ -148,14 +149,14 @@ void on_fault(int sig, siginfo_t *info, void *)
     sigaction(sig, &s.before, nullptr);                 // and again, as it would have been
 }
 
+void unlock(bool open)
+{
+    const int key = st().key;
+    if (key >= 0) pkey_set(key, open ? 0 : PKEY_DISABLE_ACCESS);       // of this OS thread, without a system call
+}
 struct device_open {
-    device_open() { if (st().opened++ == 0) protect(PROT_READ | PROT_WRITE); }
-    ~device_open() { if (--st().opened == 0) protect(PROT_NONE); }
-    static void protect(int how)
-    {
-        state &s = st();
-        if (s.arena && mprotect(s.arena, (size_t)(s.arena_top - s.arena), how) != 0) kv_emulate::fail("mprotect of %zu bytes failed", (size_t)(s.arena_top - s.arena));
-    }
+    device_open() { if (st().opened++ == 0) unlock(true); }
+    ~device_open() { if (--st().opened == 0) unlock(false); }
 };
 
 constexpr size_t GAP = 256, PAGE = 4096;
@@ -167,13 +168,17 @@ char *device_room(size_t n)
     state &s = st();
     if (!s.arena) {
         s.arena_size = 4 * s.memory;
-        void *p = mmap(nullptr, s.arena_size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        void *p = mmap(nullptr, s.arena_size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
         if (p == MAP_FAILED) return nullptr;
-        s.arena = s.arena_top = (char *)p;
-        struct sigaction act = {};
-        act.sa_sigaction = on_fault;
-        act.sa_flags = SA_SIGINFO | SA_NODEFER;
-        sigaction(SIGSEGV, &act, &s.before);
+        s.arena = (char *)p;
+        s.key = pkey_alloc(0, s.opened ? 0 : PKEY_DISABLE_ACCESS);
+        if (s.key >= 0 && pkey_mprotect(p, s.arena_size, PROT_READ | PROT_WRITE, s.key) != 0) s.key = -1;
+        if (s.key >= 0) {
+            struct sigaction act = {};
+            act.sa_sigaction = on_fault;
+            act.sa_flags = SA_SIGINFO | SA_NODEFER;
+            sigaction(SIGSEGV, &act, &s.before);
+        }
     }
     char *at = s.arena;
     for (auto it = s.areas.lower_bound((uintptr_t)s.arena); it != s.areas.end() && it->first < (uintptr_t)s.arena + s.arena_size; ++it) {
@@ -197,11 +202,6 @@ cudaError_t allocate(void **p, size_t n, int kind)
     if (n > s.memory || s.used > s.memory - n) return say(cudaErrorMemoryAllocation);
     char *at = device_room(n);
     if (!at) return say(cudaErrorMemoryAllocation);
-    char *end = (char *)(((uintptr_t)at + room_of(n) + PAGE - 1) / PAGE * PAGE);
-    if (end > s.arena_top) {
-        s.arena_top = end;
-        if (s.opened) device_open::protect(PROT_READ | PROT_WRITE);
-    }
     const device_open open;
     ASAN_UNPOISON_MEMORY_REGION(at, room_of(n));
     memset(at, 0xFF, n);
@@ -535,6 +535,9 @@ cudaError_t cudaGraphExecDestroy(cudaGraphExec_t x) { delete x; return cudaSucce
 
 // ---- kernels
 namespace kv_emulate {
+
+void enter_device() { unlock(true); }
+bool host_is_kept_out() { return st().key >= 0; }
 
 cudaError_t enqueue_kernel(const char *name, const void *kernel, dim3 grid, dim3 block, size_t shared, cudaStream_t stream, std::function<void()> one_thread)
 {
