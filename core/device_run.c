@@ -73,6 +73,18 @@ static int run_feed(kv_run *r, const int32_t *tokens, int n, float *logits, int 
     return status;
 }
 
+static int run_next(kv_run *r, int32_t token, const kv_sampler_params *p, float *logits, int *wanted, int32_t *next)
+{
+    kv_device_model *d = of(r)->d;
+    const kv_backend_sampler s = { .temperature = p->temperature, .top_p = p->top_p, .seed = p->seed, .top_k = p->top_k };
+    pthread_mutex_lock(&d->lock);
+    int status = KV_ON_DEVICE(d, generate, d->runner, of(r)->c, &token, 1, &s, next, NULL);
+    if (*wanted == 2) *wanted = status == KV_OK && kv_token_is_end(r->m, *next);
+    if (status == KV_OK && *wanted) status = KV_ON_DEVICE(d, logits, d->runner, 0, 0, 1, logits);
+    pthread_mutex_unlock(&d->lock);
+    return status;
+}
+
 static int  run_truncate(kv_run *r, int n) { return KV_ON_DEVICE(of(r)->d, cache_truncate, of(r)->c, 0, n); }
 static int  run_n_tokens(const kv_run *r) { return of(r)->d->b->cache_n_tokens(of(r)->c, 0); }
 static void run_path(kv_run *r, int path) { of(r)->d->b->cache_path(of(r)->c, path); }
@@ -105,7 +117,7 @@ static int run_read(const kv_run *r, int layer, int head, int side, int tok0, in
 }
 
 static const kv_run_ops device_ops = {
-    .feed_at_once = FEED_AT_ONCE, .free = run_free, .fork = run_fork, .feed = run_feed, .truncate = run_truncate, .n_tokens = run_n_tokens, .path = run_path,
+    .feed_at_once = FEED_AT_ONCE, .free = run_free, .fork = run_fork, .feed = run_feed, .next = run_next, .truncate = run_truncate, .n_tokens = run_n_tokens, .path = run_path,
     .bytes = run_bytes, .pairs = run_pairs, .read = run_read, .mutate = run_mutate, .paths = run_paths,
 };
 

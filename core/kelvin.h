@@ -233,6 +233,8 @@ int  kv_chat_format(const kv_model *m, const char *role, const char *text, int f
 typedef struct kv_session kv_session;
 enum { KV_PATH_FUSED = 0, KV_PATH_TILE = 1 };          /* attention on codes where the codec can, or decode a tile then attend */
 
+typedef struct kv_sampler_params { double temperature, top_p, seed; int top_k, reserved; } kv_sampler_params; /* temperature 0: greedy */
+
 /* plan NULL: exact f32 cache (the reference). */
 int  kv_session_new(kv_session **out, kv_model *m, kv_plan *plan, int max_tokens);
 void kv_session_free(kv_session *s);
@@ -240,6 +242,10 @@ int  kv_session_path(kv_session *s, int path);
 /* Feeds n tokens in one pass (n = 1: the decode step on codes; n > 1: visibility semantics).  want_logits: 0 none, 1 last, 2 all. */
 int  kv_session_feed(kv_session *s, const int32_t *tokens, int n, int want_logits);
 const float *kv_session_logits(const kv_session *s);   /* [n_vocab] of the last token (or [n][n_vocab]); NULL before */
+const char *kv_session_where(const kv_session *s);     /* "cpu", or the device */
+/* Feeds one token and draws the next as kv_sample would with the new length as its counter.  On a device logits stay there: want_logits 0;
+ * 1 fetches them, 2 does when the drawn token ends a text. */
+int  kv_session_next(kv_session *s, int token, const kv_sampler_params *p, int want_logits, int *next);
 int  kv_session_n_tokens(const kv_session *s);
 int  kv_session_truncate(kv_session *s, int n_tokens); /* keeps the first n_tokens */
 int  kv_session_fork(kv_session **out, const kv_session *s);
@@ -263,7 +269,6 @@ const char *kv_session_paths(const kv_session *s);     /* what attention did, e.
  * q: [n_heads, n, head_dim]; k, k_pre (before RoPE), v: [n_kv_heads, n, head_dim]; layer -1: of all, [n_layers, ...]. */
 int  kv_model_tap(kv_model *m, const int32_t *tokens, int n, int layer, float *q, float *q_pre, float *k, float *k_pre, float *v);
 
-typedef struct kv_sampler_params { double temperature, top_p, seed; int top_k, reserved; } kv_sampler_params; /* temperature 0: greedy */
 int  kv_sample(const float *logits, int n, const kv_sampler_params *p, double counter, int *token);
 
 /* ---- sequences that decode together on the model's device: one plan, n_seqs of them, each at its own length */

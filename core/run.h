@@ -9,6 +9,8 @@ typedef struct kv_run_ops {
     void (*free)(kv_run *r);
     int  (*fork)(kv_run **out, const kv_run *r);
     int  (*feed)(kv_run *r, const int32_t *tokens, int n, float *logits /* [n][n_vocab] when all, [n_vocab] of the last token, or NULL */, int all);
+    /* Feeds a token and draws the next; logits: [n_vocab], written always or, *wanted 2, when the drawn token ends a text: *wanted is then 1, else 0.  NULL: feed and kv_sample do it. */
+    int  (*next)(kv_run *r, int32_t token, const kv_sampler_params *p, float *logits, int *wanted, int32_t *next);
     int  (*truncate)(kv_run *r, int n_tokens);
     int  (*n_tokens)(const kv_run *r);
     void (*path)(kv_run *r, int path);

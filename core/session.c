@@ -103,6 +103,26 @@ int kv_session_feed(kv_session *s, const int32_t *tokens, int n, int want_logits
     return KV_OK;
 }
 
+int kv_session_next(kv_session *s, int token, const kv_sampler_params *p, int want_logits, int *next)
+{
+    RETURN_ERROR_IF(!s || !p || !next, KV_E_ARG, "kv_session_next: NULL argument");
+    RETURN_ERROR_IF(want_logits < 0 || want_logits > 2, KV_E_ARG, "session: want_logits=%d is outside 0..2", want_logits);
+    const int32_t id = token;
+    if (!s->run->ops->next) {
+        FORWARD_IF_ERROR(kv_session_feed(s, &id, 1, 1));
+        return kv_sample(s->logits, s->m->info.n_vocab, p, kv_session_n_tokens(s), next);
+    }
+    RETURN_ERROR_IF(kv_session_n_tokens(s) >= s->max_tokens, KV_E_ARG, "session: 1 token after %d does not fit max_tokens=%d", kv_session_n_tokens(s), s->max_tokens);
+    if (want_logits) FORWARD_IF_ERROR(reserve_logits(s, 1));
+    s->n_logits = 0;
+    int32_t drawn;
+    FORWARD_IF_ERROR(s->run->ops->next(s->run, id, p, s->logits, &want_logits, &drawn));
+    s->n_logits = want_logits;
+    *next = drawn;
+    return KV_OK;
+}
+
+const char *kv_session_where(const kv_session *s) { return s ? s->run->device : ""; }
 const float *kv_session_logits(const kv_session *s) { return s && s->n_logits ? s->logits : NULL; }
 const kv_model *kv_session_model(const kv_session *s) { return s->m; }
 int kv_session_n_tokens(const kv_session *s) { return s ? s->run->ops->n_tokens(s->run) : 0; }

@@ -362,7 +362,7 @@ template <class W> static void launch_matvec(matvec_args &a, cudaStream_t stream
     if (a.n_rows == 1) launch_one_matvec<W, 1, 4>(a, stream);
     else if (a.n_rows == 2) launch_one_matvec<W, 2, 4>(a, stream);
     else if (a.n_rows <= 4) launch_one_matvec<W, 4, 4>(a, stream);
-    else launch_one_matvec<W, 8, 2>(a, stream);
+    else launch_one_matvec<W, 8, 4>(a, stream);
 }
 
 // ---- more rows: cuBLAS, whose few names are declared here so that the plugin builds and loads without it

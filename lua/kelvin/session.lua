@@ -103,11 +103,11 @@ function Session.__index:generate(o)
   check.that((self.n_logits or 0) == 1, "generate: no logits to start from: give a prompt, or feed one")
   local p = ffi.new("kv_sampler_params", { temperature = o.temperature or 0, top_p = o.top_p or 1, seed = o.seed or 1, top_k = o.top_k or 0 })
   local room = math.min(o.max_tokens or 128, self.max_tokens - #self.ids)
-  local pieces, pending, one = {}, "", ffi.new "int32_t[1]"
+  local pieces, pending = {}, ""
   t0 = C.kv_now()
-  local fed = 0
+  local fed, drawn = 0, ffi.new "int[1]"
+  local id = room > 0 and self:sample(p, #self.ids)
   for i = 1, room do
-    local id = self:sample(p, #self.ids)
     if self.model:is_end(id) and o.stop_at_end ~= false then report.ended = "end" break end
     report.ids[i] = id
     pending = pending .. self.model:detokenize { id }
@@ -118,12 +118,14 @@ function Session.__index:generate(o)
       if o.on_text then o.on_text(whole) end
     end
     pending = rest
-    one[0] = id
-    check(C.kv_session_feed(self._s, one, 1, 1))
+    -- The last one's logits are what s:logits() and a next generate find; others may stay on a device.
+    check(C.kv_session_next(self._s, id, p, i == room and 1 or 2, drawn))
     fed = fed + 1
     self.ids[#self.ids + 1] = id
+    id = drawn[0]
     if C.kv_interrupted() == 1 then report.ended = "interrupted" break end
   end
+  self.n_logits = C.kv_session_logits(self._s) ~= nil and 1 or 0
   if #pending > 0 then
     pieces[#pieces + 1] = pending
     if o.on_text then o.on_text(pending) end
