@@ -20,7 +20,8 @@
  *                      side (head); with block=e4m3: amax / (448 M) for both.  scale=head takes twice that where it costs nothing: a
  *                      grid with exponents to spare does not feel a factor of two, and other texts have larger rows
  *   s  group's scale   none: 1 | e8m0: 2^(floor(log2 amax) - E), E the exponent of M (OCP MX 6.3), of x / S
- *                      e4m3: nearest e4m3 to (amax / M) / S
+ *                      e4m3: nearest e4m3 to (amax / M) / S; for codes of a byte the next
+ *                      one up where that is too small and below 2^-6: the smallest e4m3 are far apart, and under 2^-10 is 0
  *   code               nearest grid number to x / (s S), ties to even, saturated to +-M; 0 where s S is 0
  *   value              grid number * (s S)
  *
@@ -178,7 +179,9 @@ INLINE uint8_t group_scale(const fp_state *s, uint32_t amax, float row)
         const int e = (int)(kv_f32_bits(kv_bits_f32(amax) / row) >> 23) - s->grid.exponent;
         return (uint8_t)(e < 0 ? 0 : e > 254 ? 254 : e);
     }
-    return (uint8_t)round_to(&grids[GRID_E4M3], kv_f32_bits(kv_bits_f32(amax) / s->grid.max / row));
+    const float want = kv_bits_f32(amax) / s->grid.max / row;
+    const uint8_t b = (uint8_t)round_to(&grids[GRID_E4M3], kv_f32_bits(want));
+    return (uint8_t)(b + (s->grid.bits == 8 && b < 8 && fp_e4m3_to_f32(b) < want));
 }
 
 INLINE void encode_rows(const kv_codec *c, uint8_t *page, int tok0, int n, const float *x, int64_t ld)

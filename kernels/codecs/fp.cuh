@@ -31,7 +31,9 @@ struct fp_codec {
             const int e = (int)(float_bits(amax / row) >> 23) - s.grid.exponent;
             return (uint8_t)(e < 0 ? 0 : e > 254 ? 254 : e);
         }
-        return (uint8_t)round_to(s.e4m3, float_bits(amax / s.grid.max / row));
+        const float want = amax / s.grid.max / row;
+        const uint8_t b = (uint8_t)round_to(s.e4m3, float_bits(want));
+        return (uint8_t)(b + (s.grid.bits == 8 && b < 8 && e4m3(b) < want));
     }
     static __device__ __forceinline__ float group_value(const fp_device &s, uint8_t b) { return s.block == BLOCK_E8M0 ? e8m0(b) : e4m3(b); }
 

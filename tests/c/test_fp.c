@@ -134,6 +134,15 @@ static void distortion(void)
     CHECK(fabs(error_of("block=e8m0", 0x1p60f) - mx8) < 1e-12, "e8m0 scales do not feel a power of two");
 }
 
+/* Group scales below e4m3's normal numbers are coarse, and under its smallest there is only 0: codes of a byte keep what they can. */
+static void small_groups(void)
+{
+    for (float by = 1; by > 4e-3f; by /= 2) {
+        const double e4m3 = error_of("grid=e4m3,block=e4m3,group=16", by), e5m2 = error_of("grid=e5m2,block=e4m3,group=16", by);
+        CHECK(e4m3 < 0.03 && e5m2 < 0.06, "rows of %g: relative error %.4f with e4m3, %.4f with e5m2", (double)by, e4m3, e5m2);
+    }
+}
+
 /* A scale for each layer and head, from rows: rows of any size are as near as with a token's own, and no page holds it. */
 static void head_scale(void)
 {
@@ -208,6 +217,7 @@ int main(void)
     kv_cpu_limit(KV_SIMD_AMX);
     distortion();
     head_scale();
+    small_groups();
     refusals();
     return check_end();
 }
