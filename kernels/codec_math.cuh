@@ -59,6 +59,20 @@ __device__ __forceinline__ void put_bits(uint32_t *word, uint32_t bits, uint32_t
     if (turn) atomicXor(word, turn);
 }
 
+// out[i] = f(i), i < n, four of a lane's elements at a time: their loads do not wait for each other's stores.
+template <class T, class F> __device__ __forceinline__ void fill(T *out, int n, int lane, F f)
+{
+    for (int first = lane; first < n; first += 128) {
+        T v[4];
+#pragma unroll
+        for (int k = 0; k < 4; k++)
+            if (first + 32 * k < n) v[k] = f(first + 32 * k);
+#pragma unroll
+        for (int k = 0; k < 4; k++)
+            if (first + 32 * k < n) out[first + 32 * k] = v[k];
+    }
+}
+
 // sum of f(i) over i < n.
 template <class F> __device__ __forceinline__ float sum16(int n, int lane, F f)
 {

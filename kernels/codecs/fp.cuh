@@ -78,11 +78,11 @@ struct fp_codec {
         const fp_device &s = *(const fp_device *)c.pod;
         const uint8_t *codes = page + (size_t)tok * s.row_bytes, *groups = page + s.groups_at + (size_t)tok * s.n_groups;
         const float all = s.by_token ? half_float(load16(page + s.tokens_at + 2 * (size_t)tok)) : s.value;
-        for KV_ROW(i, c.head_dim) {
+        fill(row, c.head_dim, lane, [&](int i) {
             const float scale = s.block == BLOCK_NONE ? all : group_value(s, groups[i / s.group]) * all;
             const float v = s.kind == E4M3 ? e4m3(codes[i]) : s.kind == E5M2 ? half_float((uint16_t)(codes[i] << 8)) : s.table[codes[i / 2] >> 4 * (i & 1) & 15];
-            row[i] = v * scale;
-        }
+            return v * scale;
+        });
         __syncwarp();
     }
 };

@@ -114,9 +114,10 @@ struct int_codec {
         if (s.has_min) store16(dst + 2, g.m);
     }
 
-    // ---- axis=dim: channel of a row's element
+    // ---- axis=dim: channel of a row's element, and back
 
     static __device__ __forceinline__ int channel(const int_device &s, int i) { return s.interleaved ? (i & 1 ? i / 2 + s.cols / 2 : i / 2) : i; }
+    static __device__ __forceinline__ int place(const int_device &s, int channel) { return !s.interleaved ? channel : channel < s.cols / 2 ? 2 * channel : 2 * (channel - s.cols / 2) + 1; }
 
     static __device__ __forceinline__ void encode_row(const int_device &s, uint8_t *row, const float *x, int lane)
     {
@@ -182,9 +183,10 @@ struct int_codec {
 
     static __device__ void decode(const dev_codec &c, const uint8_t *page, int tok, float *row, float *, int lane)
     {
-        const int_device &s = *(const int_device *)c.pod;
-        if (!s.along_tokens) for KV_ROW(i, c.head_dim) row[channel(s, i)] = value_at(s, page + (size_t)tok * s.row_bytes, i);
-        else for KV_ROW(i, c.head_dim) row[i] = value_at(s, page + (size_t)(tok / s.group) * s.granule_bytes + (size_t)i * s.row_bytes, tok % s.group);
+        const int_device s = *(const int_device *)c.pod;
+        const uint8_t *from = s.along_tokens ? page + (size_t)(tok / s.group) * s.granule_bytes : page + (size_t)tok * s.row_bytes;
+        const int in = tok % s.group;
+        fill(row, c.head_dim, lane, [&](int i) { return s.along_tokens ? value_at(s, from + (size_t)i * s.row_bytes, in) : value_at(s, from, place(s, i)); });
         __syncwarp();
     }
 };

@@ -12,8 +12,9 @@ struct raw_codec {
     {
         const int type = ((const raw_device *)c.pod)->dtype;
         const size_t at = (size_t)tok * c.head_dim;
-        for KV_ROW(i, c.head_dim)
-            row[i] = type == F32 ? ((const float *)page)[at + i] : type == F16 ? half_float(((const uint16_t *)page)[at + i]) : bf16_float(((const uint16_t *)page)[at + i]);
+        fill(row, c.head_dim, lane, [=](int i) {
+            return type == F32 ? ((const float *)page)[at + i] : type == F16 ? half_float(((const uint16_t *)page)[at + i]) : bf16_float(((const uint16_t *)page)[at + i]);
+        });
         __syncwarp();
     }
 

@@ -31,17 +31,11 @@ struct scalar_codec {
         return (w[32 * top] >> (6 + up) & 3) | (w[16] >> (6 + top + up) & 1) << 2;
     }
 
-    // The code of element i of a token.
-    static __device__ __forceinline__ int get(const part &p, const uint8_t *page, bool keys, int tok, int i)
+    // The code of element i of a token in a plane.
+    static __device__ __forceinline__ int get(const scalar_device_plane &q, const uint8_t *page, bool keys, int tok, int i)
     {
-        const int inner = keys ? i : tok, outer = keys ? tok : i;
-        uint32_t code = 0;
-        for (int k = 0; k < p.n_planes; k++) {
-            const scalar_device_plane &q = p.plane[k];
-            const int in = inner & ((1 << q.log_chunk) - 1);
-            code |= field(word_of(q, page, outer, inner >> q.log_chunk), q.bits, in / 4, in % 4) << 4 * k;
-        }
-        return (int)code;
+        const int inner = keys ? i : tok, outer = keys ? tok : i, in = inner & ((1 << q.log_chunk) - 1);
+        return (int)field(word_of(q, page, outer, inner >> q.log_chunk), q.bits, in / 4, in % 4);
     }
 
     // Keys: the token's own words, each put together by one lane.
@@ -149,7 +143,7 @@ struct scalar_codec {
     }
     static __device__ __forceinline__ void index_row(const part &p, const float *y, float by, int *code, int lane)
     {
-        for KV_ROW(i, p.dim) code[i] = index(p, y[i] * by);
+        fill(code, p.dim, lane, [&](int i) { return index(p, y[i] * by); });
         __syncwarp();
     }
 
@@ -350,11 +344,14 @@ struct scalar_codec {
     // Centroids of a token, times its scale or not; returns the scale.
     static __device__ __forceinline__ float get_row(const dev_codec &c, const part &p, const uint8_t *page, int tok, bool scaled, float *z, int lane)
     {
-        const float scale = scale_at(p, page, tok);
-        for KV_ROW(i, p.dim) {
-            const float v = p.centroid[get(p, page, c.side == KEYS, tok, i)];
-            z[i] = scaled ? v * scale : v;
-        }
+        const float scale = scale_at(p, page, tok), by = scaled ? scale : 1;
+        const bool keys = c.side == KEYS, two = p.n_planes == 2;
+        const scalar_device_plane low = p.plane[0], high = p.plane[1];
+        const float *centroid = p.centroid;
+        fill(z, p.dim, lane, [=](int i) {
+            const int code = get(low, page, keys, tok, i);
+            return centroid[two ? code | get(high, page, keys, tok, i) << 4 : code] * by;
+        });
         __syncwarp();
         return scale;
     }
@@ -369,10 +366,11 @@ struct scalar_codec {
             const part &p = *at<part>(c, d->group[0].at_code);
             const float scale = get_row(c, p, page, tok, false, z, lane);
             rotate_back(c, p, z, lane);
-            for KV_ROW(i, p.dim) {
-                const float v = unturned(c, p, z, i, scale);
-                row[i] = unscale ? v * unscale[i] : v;
-            }
+            const float *sign = floats(c, p.at_sign);
+            fill(row, p.dim, lane, [=](int i) {
+                const float v = z[i] * (sign ? sign[i] * scale : scale);
+                return unscale ? v * unscale[i] : v;
+            });
             __syncwarp();
             return;
         }
