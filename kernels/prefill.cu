@@ -31,7 +31,7 @@ __host__ __device__ const scalar_device_part *plain_part(const scalar_device *d)
 template <int D, bool TURNED> __global__ void late_images(dev_layer a, int n, const float *k, const float *v, prefill_turn turn_k, prefill_turn turn_v, uint8_t *images, size_t stride, int first, int shift)
 {
     constexpr int KEYS = IMAGE_KEYS<D>, V = D / 32;
-    __shared__ float row[TURNED ? 1 : WARPS_OF_ROWS][D], lent[TURNED ? 1 : WARPS_OF_ROWS][CODEC_SCRATCH];
+    __shared__ float row[WARPS_OF_ROWS][D], lent[TURNED ? 1 : WARPS_OF_ROWS][CODEC_SCRATCH];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, line = blockIdx.x * WARPS_OF_ROWS + warp, slot = blockIdx.y, seq = blockIdx.z;
     const int p = first * KEYS + line - shift, length = a.length[seq];
     const dev_slot &s = a.slot[slot];
@@ -48,15 +48,11 @@ template <int D, bool TURNED> __global__ void late_images(dev_layer a, int n, co
         if (TURNED) {
             const scalar_device_part &part = *plain_part((const scalar_device *)s.codec.pod);
             const uint8_t *page = pages_of(s, seq) + (size_t)(u / a.page_tokens) * s.codec.page_bytes;
-            const float scale = scalar_codec::scale_at(part, page, u % a.page_tokens);
+            scalar_codec::get_row(s.codec, part, page, u % a.page_tokens, true, row[warp], lane);
+        } else decode_slot_row(a, s, pages_of(s, seq), u, row[warp], lent[warp], lane, codec_decode);
+        __syncwarp();
 #pragma unroll
-            for (int i = 0; i < V; i++) x[i] = part.centroid[scalar_codec::get(part, page, slot % 2 == 0, u % a.page_tokens, lane * V + i)] * scale;
-        } else {
-            decode_slot_row(a, s, pages_of(s, seq), u, row[warp], lent[warp], lane, codec_decode);
-            __syncwarp();
-#pragma unroll
-            for (int i = 0; i < V; i++) x[i] = row[warp][lane * V + i];
-        }
+        for (int i = 0; i < V; i++) x[i] = row[warp][lane * V + i];
     }
     put_row<D>(images + ((size_t)(slot % 2 * gridDim.z + seq) * a.n_kv_heads + slot / 2) * stride + (size_t)(line / KEYS) * IMAGE_BYTES<D>, KEYS, line % KEYS, x, lane);
 }
