@@ -15,7 +15,7 @@ using kelvin::dev_codec;
 // Granules, or tokens, over the warps of the grid.
 __global__ void encode_rows(dev_codec c, const float *x, int n, uint8_t *pages)
 {
-    __shared__ float scratch[WARPS][kelvin::CODEC_SCRATCH];
+    __shared__ __align__(16) float scratch[WARPS][kelvin::CODEC_SCRATCH];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const long long tok = ((long long)blockIdx.x * WARPS + warp) * c.granule;
     if (tok >= n) return;
@@ -24,7 +24,7 @@ __global__ void encode_rows(dev_codec c, const float *x, int n, uint8_t *pages)
 
 __global__ void decode_rows(dev_codec c, const uint8_t *pages, int tok0, int n, float *x)
 {
-    __shared__ float scratch[WARPS][kelvin::CODEC_SCRATCH];
+    __shared__ __align__(16) float scratch[WARPS][kelvin::CODEC_SCRATCH];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const long long i = (long long)blockIdx.x * WARPS + warp, tok = tok0 + i;
     if (i >= n) return;

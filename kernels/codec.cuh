@@ -18,7 +18,7 @@ struct dev_codec {                              // of a slot, by value or in dev
 };
 
 // struct foo_codec {
-//     // row [head_dim] in shared or global memory = token tok of a page; scratch: CODEC_SCRATCH floats of shared memory of the warp
+//     // row [head_dim] in shared or global memory = token tok of a page; scratch: CODEC_SCRATCH floats of shared memory of the warp, aligned to 16 for encode
 //     static __device__ void decode(const dev_codec &c, const uint8_t *page, int tok, float *row, float *scratch, int lane);
 //     // rows x (ld floats apart) into slots [tok0, tok0 + granule) of a page whose slots were zero
 //     static __device__ void encode(const dev_codec &c, uint8_t *page, int tok0, const float *x, long long ld, float *scratch, int lane);
