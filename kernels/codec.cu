@@ -15,20 +15,20 @@ using kelvin::dev_codec;
 // Granules, or tokens, over the warps of the grid.
 __global__ void encode_rows(dev_codec c, const float *x, int n, uint8_t *pages)
 {
-    __shared__ __align__(16) float scratch[WARPS][kelvin::CODEC_SCRATCH];
+    __shared__ float4 lent[WARPS][kelvin::CODEC_SCRATCH / 4];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const long long tok = ((long long)blockIdx.x * WARPS + warp) * c.granule;
     if (tok >= n) return;
-    kelvin::codec_encode(c, pages + tok / c.page_tokens * c.page_bytes, (int)(tok % c.page_tokens), x + tok * c.head_dim, c.head_dim, scratch[warp], lane);
+    kelvin::codec_encode(c, pages + tok / c.page_tokens * c.page_bytes, (int)(tok % c.page_tokens), x + tok * c.head_dim, c.head_dim, (float *)lent[warp], lane);
 }
 
 __global__ void decode_rows(dev_codec c, const uint8_t *pages, int tok0, int n, float *x)
 {
-    __shared__ __align__(16) float scratch[WARPS][kelvin::CODEC_SCRATCH];
+    __shared__ float4 lent[WARPS][kelvin::CODEC_SCRATCH / 4];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const long long i = (long long)blockIdx.x * WARPS + warp, tok = tok0 + i;
     if (i >= n) return;
-    kelvin::codec_decode(c, pages + tok / c.page_tokens * c.page_bytes, (int)(tok % c.page_tokens), x + i * c.head_dim, scratch[warp], lane);
+    kelvin::codec_decode(c, pages + tok / c.page_tokens * c.page_bytes, (int)(tok % c.page_tokens), x + i * c.head_dim, (float *)lent[warp], lane);
 }
 
 // Device memory of one call.
