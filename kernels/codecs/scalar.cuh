@@ -38,12 +38,6 @@ struct scalar_codec {
         return (int)field(word_of(q, page, outer, inner >> q.log_chunk), q.bits, in / 4, in % 4);
     }
 
-    static __device__ __forceinline__ int get(const part &p, const uint8_t *page, bool keys, int tok, int i)
-    {
-        const int low = get(p.plane[0], page, keys, tok, i);
-        return p.n_planes == 2 ? low | get(p.plane[1], page, keys, tok, i) << 4 : low;
-    }
-
     // Keys: the token's own words, each put together by one lane.
     static __device__ __forceinline__ void put_key(const part &p, uint8_t *page, int tok, const int *code, int lane)
     {
