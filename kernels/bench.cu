@@ -25,7 +25,7 @@
 #include "kernels.cuh"
 #include "launch.cuh"
 #include "status.cuh"
-#include "kelvin/attend.cuh"
+#include "attend_codes.cuh"
 
 namespace {
 
@@ -79,10 +79,10 @@ __global__ void fill_kernel(uint32_t *p, size_t n, uint32_t seed)
     }
 }
 // Norms of every tile: finite and about one.
-__global__ void norms_kernel(uint8_t *p, size_t n_tiles, int tile_bytes)
+__global__ void norms_kernel(uint8_t *p, size_t n_tiles, int tile_bytes, int k_bytes)
 {
     for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < n_tiles * 64; i += (size_t)gridDim.x * blockDim.x)
-        ((__half *)(p + (i / 64 + 1) * tile_bytes - 128))[i % 64] = __float2half(0.8f + 0.4f * (float)(i * 37 % 64) / 64);
+        ((__half *)(p + i / 64 * tile_bytes + (i % 64 < 32 ? k_bytes : tile_bytes) - 64))[i % 32] = __float2half(0.8f + 0.4f * (float)(i * 37 % 64) / 64);
 }
 __global__ void halves_kernel(__half *p, size_t n)
 {
@@ -230,12 +230,6 @@ const std::vector<float> levels(int bits, int head_dim)
     return c;
 }
 
-// The forms that are measured, until the launcher of kernels/attend_codes.cu chooses among all.
-typedef void (*attend_form)(const kelvin::attend_args);
-struct form { int bits_k, bits_v, head_dim, g, shared_bytes; attend_form fn; };
-#define FORM(kb, vb, d, g, blocks) { kb, vb, d, g, kelvin::detail::ring_of<kb, vb, d, g, blocks>::bytes, kelvin::attend_kernel<kb, vb, d, g, blocks> }
-const form forms[] = { FORM(4, 4, 128, 4, 3), FORM(3, 3, 128, 4, 4), FORM(2, 2, 128, 4, 4) };
-
 struct attend_job : job {
     static constexpr int PAGE_SHIFT = 1;        // pages of 64 tokens
     memory<uint8_t> pool;
@@ -245,8 +239,7 @@ struct attend_job : job {
     kelvin::attend_args a = {};
     int bits_k, bits_v, head_dim;
     size_t copy_bytes;
-    const form *f = nullptr;
-    int grid = 1;
+    const attend_form *f = nullptr;
     explicit attend_job(const words &w)
     {
         bits_k = (int)word(w, "bits_k", 2, 4), bits_v = (int)word(w, "bits_v", 2, 4), head_dim = (int)word(w, "head_dim", 64, 256);
@@ -269,7 +262,7 @@ struct attend_job : job {
         copy_bytes = (size_t)n_pages * n_kv * (tile_bytes << PAGE_SHIFT);
         pool.make(copy_bytes * copies);
         KV_LAUNCH(fill_kernel, blocks_for(copy_bytes / 4), THREADS, 0, 0, (uint32_t *)pool.p, copy_bytes / 4 * copies, 7u);
-        KV_LAUNCH(norms_kernel, blocks_for(copy_bytes / tile_bytes * 64), THREADS, 0, 0, pool.p, copy_bytes / tile_bytes * copies, tile_bytes);
+        KV_LAUNCH(norms_kernel, blocks_for(copy_bytes / tile_bytes * 64), THREADS, 0, 0, pool.p, copy_bytes / tile_bytes * copies, tile_bytes, head_dim * 4 * bits_k + 64);
         need(cudaGetLastError(), "fill");
         std::vector<float> hq((size_t)batch * n_kv * group * head_dim), hs((size_t)2 * n_kv * head_dim);
         std::mt19937 rng(9);
@@ -291,23 +284,18 @@ struct attend_job : job {
         a.n_seqs = batch, a.n_heads = n_kv * group, a.n_kv_heads = n_kv, a.max_pages = max_pages, a.page_shift = PAGE_SHIFT;
         a.scale = 1 / std::sqrt((float)head_dim);
         a.kb = kelvin::codebook_of(bits_k, levels(bits_k, head_dim).data()), a.vb = kelvin::codebook_of(bits_v, levels(bits_v, head_dim).data());
-        for (const form &x : forms)
-            if (x.bits_k == bits_k && x.bits_v == bits_v && x.head_dim == head_dim && x.g == (group > 4 ? 8 : 4)) f = &x;
+        f = kv_cuda_attend_form(bits_k, bits_v, head_dim, group);
         if (!f) fail(E_UNSUPPORTED, "no kernel for bits_k=%d bits_v=%d head_dim=%d group=%d", bits_k, bits_v, head_dim, group);
-        int blocks = 1;
-        need(cudaFuncSetAttribute(f->fn, cudaFuncAttributeMaxDynamicSharedMemorySize, f->shared_bytes), "kernel");
-        need(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, f->fn, 128, f->shared_bytes), "kernel");
-        grid = blocks * sms();
-        const int rows = batch * n_kv * ((group + f->g - 1) / f->g);
-        partials.make(kelvin::attend_partials(grid, rows, f->g, head_dim));
-        arrivals.from(std::vector<int>(rows, 0));
+        cudaError_t e;
+        partials.make(kv_cuda_attend_partials(f, a, &e));
+        need(e, "kernel");
+        arrivals.from(std::vector<int>(kv_cuda_attend_rows(f, a), 0));
         a.partials = partials.p, a.arrivals = arrivals.p;
     }
     cudaError_t launch(int copy, cudaStream_t s) override
     {
         a.pool = pool.p + copy_bytes * copy;
-        KV_LAUNCH(f->fn, grid, 128, f->shared_bytes, s, a);
-        return cudaGetLastError();
+        return kv_cuda_attend_codes(f, a, s);
     }
 };
 

@@ -66,12 +66,12 @@ int find_kind(kv_backend_cache *c, cache_kind k)
 }
 
 // A description that appears in several places is stored once.
-struct shared_bytes { const void *host; size_t bytes, at; };
-size_t share(std::vector<shared_bytes> &all, plan_of_bytes &room, const void *host, size_t bytes)
+struct shared_bytes { const void *host; size_t bytes, at; bool fragments; };
+size_t share(std::vector<shared_bytes> &all, plan_of_bytes &room, const void *host, size_t bytes, bool fragments = false)
 {
     for (const shared_bytes &s : all)
-        if (s.host == host && s.bytes == bytes) return s.at;
-    all.push_back({ host, bytes, room.take(1, bytes ? bytes : 1) });
+        if (s.host == host && s.bytes == bytes && s.fragments == fragments) return s.at;
+    all.push_back({ host, bytes, room.take(1, bytes ? bytes : 1), fragments });
     return all.back().at;
 }
 
@@ -193,7 +193,13 @@ int cache_new(int device, const kv_backend_plan *p, int n_seqs, int max_tokens, 
     c->length.assign(n_seqs, 0);
     c->pending.assign(n_layers, 0);
     c->form.assign(n_layers, &tile_form);
+    c->fragments.assign(n_layers, fragment_layer{});
+    for (int l = 0; l < n_layers; l++)
+        if (fragments_fit(p, l, &c->fragments[l])) c->form[l] = &fragments_form;
+        else c->fragments[l] = fragment_layer{};
     c->slot.resize((size_t)n_layers * n_kv * 2);
+    c->part_at.assign(c->slot.size(), 0);
+    c->sign_at.assign(c->slot.size(), 0);
 
     // Where everything lies.  Pointers are offsets, one more than they are, until the allocations are there.
     plan_of_bytes books, store;
@@ -214,7 +220,11 @@ int cache_new(int device, const kv_backend_plan *p, int n_seqs, int max_tokens, 
             const long long rows = s.never ? window : c->recent[l] == 0 ? g - 1 : (long long)c->recent[l] + g;
             s.tail_rows = (int)std::min(rows, (long long)max_tokens - s.sink_rows);
             s.n_pages = (ripe(max_tokens, c->sink[l], c->recent[l], g, s.never) + pt - 1) / pt;
-            s.codec = { family_of(codec.family), d, pt, g, codec.side, codec.page_bytes, offset(share(shared, books, codec.pod, codec.pod_bytes)) };
+            s.codec = { family_of(codec.family), d, pt, g, codec.side, codec.page_bytes, offset(share(shared, books, codec.pod, codec.pod_bytes, c->fragments[l].form)) };
+            if (c->fragments[l].form) {
+                c->part_at[&s - c->slot.data()] = fragments_part(codec.pod);
+                c->sign_at[&s - c->slot.data()] = fragments_sign(codec.pod);
+            }
             s.raw = strcmp(codec.family, "raw") ? -1 : ((const raw_device *)codec.pod)->dtype;
             if (from.mean) s.mean = (const float *)offset(share(shared, books, from.mean, sizeof(float) * d));
             s.kind = find_kind(c, { l, g, s.never, s.tail_rows, 1 });
@@ -248,11 +258,19 @@ int cache_new(int device, const kv_backend_plan *p, int n_seqs, int max_tokens, 
     c->staging_rows = granules > 1 ? std::max((int)STAGED_ROWS, granules) : 0;
     const size_t rows_at_once = (size_t)n_seqs * n_kv * row_tiles;
     const size_t at_slots = books.take(c->slot.size(), sizeof(dev_slot)), at_length = books.take(n_seqs, sizeof(int)), at_encoded = books.take(c->held.size(), sizeof(int));
-    const size_t at_kinds = books.take(c->kind.size(), sizeof(kind_books)), at_bad = books.take(1, sizeof(int)), at_arrivals = books.take(rows_at_once * 4, sizeof(int)), zeroed = books.total;
+    const size_t at_kinds = books.take(c->kind.size(), sizeof(kind_books)), at_bad = books.take(1, sizeof(int)), at_arrivals = books.take(rows_at_once * 4, sizeof(int));
+    size_t attend_parts = 0, attend_rows = 0;
+    status = say(fragments_room(c, &attend_parts, &attend_rows), "attention on codes", err, cap);
+    const size_t at_attend_rows = books.take(attend_rows, sizeof(int)), at_attend = books.take(attend_rows ? c->slot.size() : 0, sizeof(attend_slot)), zeroed = books.total;
+    const size_t at_attend_parts = books.take(attend_parts, sizeof(float));
     const size_t at_parts = books.take(rows_at_once * c->n_splits * ROWS_OF_FEW, sizeof(float) * (d + 2));
     const size_t at_staging = books.take((size_t)n_seqs * n_kv * 2 * c->staging_rows, sizeof(float) * d);
     c->books_bytes = books.total;
     c->store_bytes = std::max(store.total, (size_t)256);
+    if (status < 0) {
+        cache_free(c);
+        return status;
+    }
     if (!books.fits || !store.fits) status = refuse(E_ARG, err, cap, "cache: %lld sequences of %lld tokens are more bytes than there are", n_seqs, max_tokens);
     else status = allocate(c, err, cap);
     if (status < 0) {
@@ -269,8 +287,18 @@ int cache_new(int device, const kv_backend_plan *p, int n_seqs, int max_tokens, 
     c->arrivals = (int *)(c->books + at_arrivals);
     c->parts = (float *)(c->books + at_parts);
     c->staging = (float *)(c->books + at_staging);
+    c->attend_slots = (attend_slot *)(c->books + at_attend);
+    c->attend_parts = (float *)(c->books + at_attend_parts);
+    c->attend_arrivals = (int *)(c->books + at_attend_rows);
     std::vector<uint8_t> host(zeroed, 0);
-    for (const shared_bytes &s : shared) memcpy(&host[s.at], s.host, s.bytes);
+    for (const shared_bytes &s : shared) {
+        memcpy(&host[s.at], s.host, s.bytes);
+        if (s.fragments) fragments_flag(&host[s.at]);
+    }
+    if (attend_rows) {
+        const std::vector<attend_slot> slots = fragments_slots(c);
+        memcpy(&host[at_attend], slots.data(), sizeof(attend_slot) * slots.size());
+    }
     for (const angles &t : turns) fill_angles(t, p->n_rot, pt, (float *)&host[t.at]);
     memcpy(&host[at_slots], c->slot.data(), sizeof(dev_slot) * c->slot.size());
     for (size_t i = 0; i < c->kind.size(); i++) {
@@ -325,7 +353,13 @@ int cache_fork(const kv_backend_cache *c, kv_backend_cache **out, char *err, siz
         f->arrivals = moved(c->arrivals);
         f->parts = moved(c->parts);
         f->staging = moved(c->staging);
-        status = say(cudaMemcpy(f->dev_slots, f->slot.data(), sizeof(dev_slot) * f->slot.size(), cudaMemcpyHostToDevice), "cache fork", err, cap);
+        f->attend_slots = moved(c->attend_slots);
+        f->attend_parts = moved(c->attend_parts);
+        f->attend_arrivals = moved(c->attend_arrivals);
+        const std::vector<attend_slot> slots = fragments_slots(f);
+        if (std::any_of(f->fragments.begin(), f->fragments.end(), [](const fragment_layer &l) { return l.form != nullptr; }))
+            status = say(cudaMemcpy(f->attend_slots, slots.data(), sizeof(attend_slot) * slots.size(), cudaMemcpyHostToDevice), "cache fork", err, cap);
+        if (status == 0) status = say(cudaMemcpy(f->dev_slots, f->slot.data(), sizeof(dev_slot) * f->slot.size(), cudaMemcpyHostToDevice), "cache fork", err, cap);
     }
     if (status < 0) {
         cache_free(f);

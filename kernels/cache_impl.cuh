@@ -14,6 +14,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <vector>
+#include "attend_codes.cuh"
 #include "backend.h"
 #include "cache.cuh"
 #include "codec.cuh"
@@ -122,7 +123,16 @@ struct cache_form {
     cudaError_t (*get_page)(const kv_backend_cache *c, int seq, int layer, int head, int side, int page, uint8_t *host);
     cudaError_t (*put_page)(kv_backend_cache *c, int seq, int layer, int head, int side, int page, const uint8_t *host);
 };
-extern const cache_form tile_form;
+extern const cache_form tile_form, fragments_form;
+
+// Of a layer whose codes lie in fragment order (fragments.cu); form null: it is none.
+struct fragment_layer { const attend_form *form; codebook kb, vb; bool plain_k, plain_v; };
+bool        fragments_fit(const kv_backend_plan *p, int layer, fragment_layer *out);
+void        fragments_flag(void *pod);                                        // a description's codes lie in fragment order from here on
+uint32_t    fragments_sign(const void *pod);                                  // offsets in a description: of its signs (0: none) ...
+uint32_t    fragments_part(const void *pod);                                  // ... and of its part
+cudaError_t fragments_room(const kv_backend_cache *c, size_t *parts /* floats */, size_t *rows);
+std::vector<attend_slot> fragments_slots(const kv_backend_cache *c);
 
 cudaError_t attend_few_tile(kv_backend_cache *c, int layer, int n, const float *q, const float *k, const float *v, float scale, float softcap, float *out, cudaStream_t stream);
 // One new token over rows as they are.
@@ -169,6 +179,11 @@ struct kv_backend_cache {
     size_t   books_bytes = 0, store_bytes = 0;
     kelvin::dev_slot *dev_slots = nullptr;                              // in books, as are the next
     kelvin::kind_books *dev_kinds = nullptr;
+    std::vector<kelvin::fragment_layer> fragments;                      // [n_layers]
+    std::vector<uint32_t> part_at, sign_at;                             // of fragments' slots
+    kelvin::attend_slot *attend_slots = nullptr;                        // [n_layers][n_kv_heads][2], and what a launch needs
+    float   *attend_parts = nullptr;
+    int     *attend_arrivals = nullptr;
     int     *dev_length = nullptr, *dev_encoded = nullptr, *dev_bad = nullptr, *arrivals = nullptr;
     float   *parts = nullptr, *staging = nullptr;
     int      n_splits = 1, staging_rows = 0, shared_bytes = 48 << 10;  // shared memory that a block may have

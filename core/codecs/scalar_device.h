@@ -8,6 +8,7 @@
 struct scalar_device_plane { int32_t bits, log_chunk, rows, n_chunks; uint32_t offset, tile_bytes; };
 struct scalar_device_part {
     int32_t  dim, bits, levels, norm, n_planes, n_tiles, n_tries;
+    int32_t  fragments;                                /* a device's own: pages hold tiles' sides in fragment order (kernels/include/kelvin/fragment.cuh) */
     uint32_t scales;                                   /* offset in a page */
     uint32_t at_sign, at_matrix, at_inverse;           /* f32 [dim], [dim][dim] */
     struct scalar_device_plane plane[2];

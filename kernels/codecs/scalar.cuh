@@ -5,6 +5,7 @@
 #pragma once
 #include "codecs/scalar_device.h"
 #include "codec_math.cuh"
+#include "kelvin/fragment.cuh"
 
 namespace kelvin {
 
@@ -29,6 +30,21 @@ struct scalar_codec {
         if (bits != 3) return w[0] >> (bits * slot + up) & ((1u << bits) - 1);
         if (top < 0) return w[16 * (slot / 2)] >> (3 * (slot & 1) + up) & 7;
         return (w[32 * top] >> (6 + up) & 3) | (w[16] >> (6 + top + up) & 1) << 2;
+    }
+
+    // ---- codes in fragment order: a tile's side of 32 tokens after the other
+
+    static __device__ __forceinline__ uint8_t *tile_of(const part &p, const uint8_t *page, int tok) { return (uint8_t *)page + (size_t)(tok / TILE_TOKENS) * (p.dim * p.bits * 4 + 2 * TILE_TOKENS); }
+    static __device__ __forceinline__ place place_of(const part &p, bool keys, int tok, int i) { return keys ? key_place(p.dim / 32, tok % TILE_TOKENS, i) : value_place(tok % TILE_TOKENS, i); }
+    static __device__ __forceinline__ uint16_t *norm_of(const part &p, const uint8_t *page, int tok) { return (uint16_t *)(tile_of(p, page, tok) + p.dim * p.bits * 4) + norm_place(tok % TILE_TOKENS); }
+    static __device__ __forceinline__ void put_fragments(const part &p, bool keys, uint8_t *page, int tok, const int *code, int lane)
+    {
+        uint8_t *tile = tile_of(p, page, tok);
+        for KV_ROW(i, p.dim)
+            for (int k = 0; k < (p.bits == 3 ? 3 : 1); k++) {
+                const code_bits b = bits_of_code(p.bits, p.dim * p.bits / 32, place_of(p, keys, tok, i), (uint32_t)code[i], k);
+                if (b.mask) put_bits((uint32_t *)(tile + b.at), b.bits, b.mask);
+            }
     }
 
     // The code of element i of a token in a plane.
@@ -81,15 +97,16 @@ struct scalar_codec {
 
     static __device__ __forceinline__ void put(const dev_codec &c, const part &p, uint8_t *page, int tok, const int *code, int lane)
     {
-        if (c.side == KEYS) put_key(p, page, tok, code, lane);
+        if (p.fragments) put_fragments(p, c.side == KEYS, page, tok, code, lane);
+        else if (c.side == KEYS) put_key(p, page, tok, code, lane);
         else put_value(p, page, tok, code, lane);
         __syncwarp();
     }
 
-    static __device__ __forceinline__ float scale_at(const part &p, const uint8_t *page, int tok) { return half_float(*(const uint16_t *)(page + p.scales + 2 * (size_t)tok)); }
+    static __device__ __forceinline__ float scale_at(const part &p, const uint8_t *page, int tok) { return half_float(p.fragments ? *norm_of(p, page, tok) : *(const uint16_t *)(page + p.scales + 2 * (size_t)tok)); }
     static __device__ __forceinline__ void put_scale(const part &p, uint8_t *page, int tok, uint16_t half, int lane)
     {
-        if (lane == 0) *(uint16_t *)(page + p.scales + 2 * (size_t)tok) = half;
+        if (lane == 0) *(p.fragments ? norm_of(p, page, tok) : (uint16_t *)(page + p.scales + 2 * (size_t)tok)) = half;
     }
 
     // ---- rotations, in place
@@ -348,6 +365,13 @@ struct scalar_codec {
         const bool keys = c.side == KEYS, two = p.n_planes == 2;
         const scalar_device_plane low = p.plane[0], high = p.plane[1];
         const float *centroid = p.centroid;
+        if (p.fragments) {
+            const int bits = p.bits, words = p.dim * bits / 32, per_row = p.dim / 32;
+            const uint8_t *tile = tile_of(p, page, tok);
+            fill(z, p.dim, lane, [=](int i) { return centroid[get_code(bits, words, tile, keys ? key_place(per_row, tok % TILE_TOKENS, i) : value_place(tok % TILE_TOKENS, i))] * by; });
+            __syncwarp();
+            return scale;
+        }
         fill(z, p.dim, lane, [=](int i) {
             const int code = get(low, page, keys, tok, i);
             return centroid[two ? code | get(high, page, keys, tok, i) << 4 : code] * by;

@@ -58,16 +58,16 @@ template <class T> T *device(const std::vector<T> &v)
 
 static double value_of(const codebook &c, int bits, int code)
 {
-    const int i = bits == 4 ? (code >= 8 ? code - 8 : 7 - code) : code;
+    const int i = bits == 4 && code >= 8 ? 15 - code : code;
     const double v = (double)(int8_t)((i < 4 ? c.t0 : c.t1) >> (i % 4 * 8) & 255u);
-    return bits == 4 ? (code >= 8 ? v + 0.5 : -v - 0.5) * c.unit : v * c.unit;
+    return bits == 4 ? (code >= 8 ? -v - 0.5 : v + 0.5) * c.unit : v * c.unit;
 }
 
-struct shape { int kb, vb, d, group, kv_heads; std::vector<int> n_codes, n_exact, first; int needle; bool means, sign; };
+struct shape { int kb, vb, d, group, kv_heads; std::vector<int> n_codes, n_exact, first; int needle; bool means, sign; int page_shift = 1; };
 
 static bool check(const shape &s, unsigned seed)
 {
-    const int G = s.group > 4 ? 8 : 4, D = s.d, n_seqs = (int)s.n_codes.size(), n_heads = s.kv_heads * s.group, page_tiles = 2;
+    const int G = s.group > 4 ? 8 : 4, D = s.d, n_seqs = (int)s.n_codes.size(), n_heads = s.kv_heads * s.group, page_tiles = 1 << s.page_shift;
     const form *f = find(s.kb, s.vb, D, G);
     if (!f) { printf("no form %d %d %d %d\n", s.kb, s.vb, D, G); return false; }
     std::mt19937 rng(seed);
@@ -107,8 +107,9 @@ static bool check(const shape &s, unsigned seed)
             }
             for (int tile_i = 0; tile_i * 32 < n; tile_i++) {
                 uint8_t *at = pool.data() + (size_t)pages[(size_t)b * max_pages + tile_i / page_tiles] * page_bytes + ((size_t)h * page_tiles + tile_i % page_tiles) * tb;
-                const int kbytes = D / 16 * s.kb / 2 * 128, vbytes = D / 16 * s.vb / 2 * 128;
-                memset(at, 0, kbytes + vbytes);
+                const int kwords = D / 16 * s.kb / 2 * 128, kbytes = kwords + 64, vwords = D / 16 * s.vb / 2 * 128;
+                memset(at, 0, kwords);
+                memset(at + kbytes, 0, vwords);
                 for (int j = 0; j < 32; j++) {
                     const int t = tile_i * 32 + j;
                     if (t >= n) continue;
@@ -116,8 +117,8 @@ static bool check(const shape &s, unsigned seed)
                         put_code(s.kb, D / 16 * s.kb / 2, at, key_place(D / 32, j, i), kc[(size_t)t * D + i]);
                         put_code(s.vb, D / 16 * s.vb / 2, at + kbytes, value_place(j, i), vc[(size_t)t * D + i]);
                     }
-                    ((__half *)(at + kbytes + vbytes))[j % 8 * 8 + j / 8] = __float2half(nk[t]);
-                    ((__half *)(at + kbytes + vbytes))[j % 8 * 8 + 4 + j / 8] = __float2half(nv[t]);
+                    ((__half *)(at + kwords))[norm_place(j)] = __float2half(nk[t]);
+                    ((__half *)(at + kbytes + vwords))[norm_place(j)] = __float2half(nv[t]);
                 }
             }
             for (int t = 0; t < ne; t++)
@@ -187,7 +188,7 @@ static bool check(const shape &s, unsigned seed)
     a.exact_k = device(ek), a.exact_v = device(ev), a.n_exact = s.n_exact.empty() ? nullptr : device(s.n_exact);
     a.mean_k = s.means ? device(mk) : nullptr, a.mean_v = s.means ? device(mv) : nullptr;
     a.partials = partials, a.arrivals = arrivals;
-    a.n_seqs = n_seqs, a.n_heads = n_heads, a.n_kv_heads = s.kv_heads, a.max_pages = max_pages, a.page_shift = 1, a.exact_capacity = capacity;
+    a.n_seqs = n_seqs, a.n_heads = n_heads, a.n_kv_heads = s.kv_heads, a.max_pages = max_pages, a.page_shift = s.page_shift, a.exact_capacity = capacity;
     a.scale = 1 / std::sqrt((float)D), a.kb = kb, a.vb = vb;
     std::vector<float> got(want.size()), again(want.size());
     for (int i = 0; i < 2; i++) {
@@ -243,6 +244,9 @@ static int run_checks(bool small)
     one({ 4, 2, 128, 2, 2, { 300, 5 }, { 4, 4 }, { 65, 0 }, 200, true, true });
     one({ 3, 2, 64, 3, 3, { 300, 5 }, { 4, 4 }, { 65, 0 }, 200, true, true });
     one({ 2, 4, 256, 1, 1, { 300, 5 }, { 4, 4 }, { 65, 0 }, 200, true, true });
+    for (int shift : { 0, 2, 5 })                   // pages of 32, 128 and 1024 tokens
+        for (int group : { 4, 8 }) one({ 4, 4, 128, group, 2, { 1500, 31, 1024, 0 }, { 3, 0, 0, 70 }, { 40, 0, 1000, 0 }, -1, false, true, shift });
+    one({ 4, 4, 128, 4, 2, { 4096, 4096, 4096 }, {}, {}, 4000, false, true, 2 });
     one({ 4, 4, 128, 4, 1, { 200000 }, { 4 }, {}, 150000, false, true });
     one({ 4, 4, 128, 4, 1, { 4 }, { 500 }, {}, -1, false, true });
     std::vector<int> ragged;
@@ -260,10 +264,10 @@ __global__ void fill(uint32_t *p, size_t n, uint32_t seed)
         p[i] = x;
     }
 }
-__global__ void fill_norms(uint8_t *p, size_t n_tiles, int tile_bytes, float k, float v)
+__global__ void fill_norms(uint8_t *p, size_t n_tiles, int tile_bytes, int k_bytes)
 {
     for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < n_tiles * 64; i += (size_t)gridDim.x * blockDim.x)
-        ((__half *)(p + (i / 64 + 1) * tile_bytes - 128))[i % 64] = __float2half((i % 8 < 4 ? k : v) * (0.8f + 0.4f * (float)(i * 37 % 64) / 64));
+        ((__half *)(p + i / 64 * tile_bytes + (i % 64 < 32 ? k_bytes : tile_bytes) - 64))[i % 32] = __float2half(0.8f + 0.4f * (float)(i * 37 % 64) / 64);
 }
 template <int U> __global__ void __launch_bounds__(256) read_only(const uint4 *p, size_t per, float *o)
 {
@@ -323,7 +327,7 @@ static int run_bench()
             const int group = f.g, hkv = 8, D = f.d, page_tiles = 2, tiles = w.len / 32, max_pages = tiles / page_tiles;
             const size_t bytes = (size_t)w.b * hkv * tiles * f.tile_bytes, copies = std::min<size_t>(8, room / bytes);
             if (copies < 1) continue;
-            KV_LAUNCH(fill_norms, 1024, 256, 0, 0, pool, copies * bytes / f.tile_bytes, f.tile_bytes, 1.0f, 1.0f);
+            KV_LAUNCH(fill_norms, 1024, 256, 0, 0, pool, copies * bytes / f.tile_bytes, f.tile_bytes, f.d * f.kb * 4 + 64);
             std::vector<int> pages((size_t)w.b * max_pages), len(w.b, w.len);
             std::mt19937 rng(5);
             for (size_t i = 0; i < pages.size(); i++) pages[i] = (int)i;

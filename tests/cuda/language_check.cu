@@ -199,7 +199,7 @@ static bool check_atomics()
 }
 
 // ---- tensor cores, transposes, byte lookups, asynchronous copies.  a [16][32], b [32][8], c [16][8] by rows.
-__global__ void products(const uint8_t *a, const uint8_t *b, const int *c, int *signed_sum, int *mixed, int *added)
+__global__ void products(const uint8_t *a, const uint8_t *b, const int *c, int *unsigned_sum, int *mixed, int *added)
 {
     const int lane = threadIdx.x, group = lane >> 2, in_group = lane & 3;
     uint32_t fa[4] = {}, fb[2] = {};
@@ -213,12 +213,13 @@ __global__ void products(const uint8_t *a, const uint8_t *b, const int *c, int *
         fb[i / 4] |= (uint32_t)b[row * 8 + group] << i % 4 * 8;
     }
     for (int i = 0; i < 4; i++) fc[i] = c[(i < 2 ? group : group + 8) * 8 + in_group * 2 + (i & 1)];
-    product_s8(d, fa, fb[0], fb[1]);
-    for (int i = 0; i < 4; i++) signed_sum[(i < 2 ? group : group + 8) * 8 + in_group * 2 + (i & 1)] = (int)counted(d[i]);
-    product_s8u8(d, fa, fb[0], fb[1]);
-    for (int i = 0; i < 4; i++) mixed[(i < 2 ? group : group + 8) * 8 + in_group * 2 + (i & 1)] = (int)counted(d[i]);
-    product_add_s8(fc, fa, fb[0], fb[1]);
-    for (int i = 0; i < 4; i++) added[(i < 2 ? group : group + 8) * 8 + in_group * 2 + (i & 1)] = fc[i];
+    const int zero[4] = {};
+    product_s8(d, fc, fa, fb[0], fb[1]);
+    for (int i = 0; i < 4; i++) added[(i < 2 ? group : group + 8) * 8 + in_group * 2 + (i & 1)] = d[i];
+    product_s8u8(d, zero, fa, fb[0], fb[1]);
+    for (int i = 0; i < 4; i++) mixed[(i < 2 ? group : group + 8) * 8 + in_group * 2 + (i & 1)] = d[i];
+    product_u8s8(fc, fc, fa, fb[0], fb[1]);
+    for (int i = 0; i < 4; i++) unsigned_sum[(i < 2 ? group : group + 8) * 8 + in_group * 2 + (i & 1)] = fc[i];
 }
 static bool check_products()
 {
@@ -235,9 +236,9 @@ static bool check_products()
         const std::vector<int> gx = x.get(), gy = y.get(), gz = z.get();
         for (int i = 0; i < 16; i++)
             for (int j = 0; j < 8; j++) {
-                int s = 0, m = 0;
-                for (int k = 0; k < 32; k++) s += (int8_t)a[i * 32 + k] * (int8_t)b[k * 8 + j], m += (int8_t)a[i * 32 + k] * b[k * 8 + j];
-                if (gx[i * 8 + j] != s || gy[i * 8 + j] != m || gz[i * 8 + j] != s + c[i * 8 + j]) return false;
+                int s = 0, m = 0, u = 0;
+                for (int k = 0; k < 32; k++) s += (int8_t)a[i * 32 + k] * (int8_t)b[k * 8 + j], m += (int8_t)a[i * 32 + k] * b[k * 8 + j], u += a[i * 32 + k] * (int8_t)b[k * 8 + j];
+                if (gx[i * 8 + j] != u + c[i * 8 + j] || gy[i * 8 + j] != m || gz[i * 8 + j] != s + c[i * 8 + j]) return false;
             }
     }
     return true;
@@ -526,7 +527,7 @@ static bool check_unwaited()
 }
 __global__ void half_sync(int) { if (threadIdx.x < 40) __syncthreads(); else __syncwarp(0x0000FFFFu); }
 __global__ void half_warp(int) { if (threadIdx.x % 2) __shfl_sync(~0u, 1, 0); else __ballot_sync(~0u, 1); }
-__global__ void some_lanes(int) { uint32_t a[4] = {}; int d[4]; if (threadIdx.x != 3) product_s8(d, a, 0, 0); else __syncthreads(); }
+__global__ void some_lanes(int) { uint32_t a[4] = {}; int d[4] = {}; if (threadIdx.x != 3) product_s8(d, d, a, 0, 0); else __syncthreads(); }
 // A child that makes the mistake must die of it, with words.
 static bool dies(void (*mistake)(int), const std::string &words)
 {

@@ -19,10 +19,10 @@ template <class T> static T *random_of(size_t bytes, int kind, uint32_t seed)
     CU(cudaDeviceSynchronize());
     return p;
 }
-static __global__ void set_norms(uint8_t *tiles, size_t n_tiles, int tile_bytes, int at, float k, float v)
+static __global__ void set_norms(uint8_t *tiles, size_t n_tiles, int tile_bytes, int k_bytes, float k, float v)
 {
     for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < n_tiles * 64; i += (size_t)gridDim.x * blockDim.x)
-        ((__half *)(tiles + i / 64 * tile_bytes + at))[i % 64] = __float2half(i % 8 < 4 ? k : v);
+        ((__half *)(tiles + i / 64 * tile_bytes + (i % 64 < 32 ? k_bytes : tile_bytes) - 64))[i % 32] = __float2half(i % 64 < 32 ? k : v);
 }
 static double median_ms(const std::function<void(int)> &f, int repeats = 15)
 {
@@ -118,7 +118,7 @@ template <int BITS, int D> static void codes_row(run_of<D> &r, int form, double 
     using T = tile<BITS, BITS, D>;
     const size_t tiles = (size_t)(r.prefix / 64 + 1) * 2 * r.kv_heads;
     uint8_t *pool = random_of<uint8_t>(tiles * T::bytes, 0, 9);
-    set_norms<<<1024, 256>>>(pool, tiles, T::bytes, T::k_bytes + T::v_bytes, sqrtf((float)D), sqrtf((float)D));
+    set_norms<<<1024, 256>>>(pool, tiles, T::bytes, T::k_bytes, sqrtf((float)D), sqrtf((float)D));
     const int images = std::min(r.prefix, r.slab) / IMAGE_KEYS<D>;
     const double slab = median_ms([&](int) { fill_codes<BITS, D>(r, pool, 0, images); });
     const double moved = (double)images * IMAGE_KEYS<D> * r.kv_heads * (4.0 * D + T::bytes / 32.0);

@@ -179,7 +179,7 @@ template <int D> static bool check(const shape &s, int form, unsigned seed)
 // Slab from random fragment tiles against the host's reading of the same codes.
 static double value_of(const codebook &c, int bits, int code)
 {
-    const int i = bits == 4 ? (code >= 8 ? code - 8 : 7 - code) : code;
+    const int i = bits == 4 && code >= 8 ? 15 - code : code;
     const double v = (double)(int8_t)((i < 4 ? c.t0 : c.t1) >> (i % 4 * 8) & 255u);
     return bits == 4 ? (code >= 8 ? v + 0.5 : -v - 0.5) * c.unit : v * c.unit;
 }
@@ -212,7 +212,7 @@ template <int KB, int VB, int D> static bool check_slab(unsigned seed)
         memset(at, 0, T::k_bytes + T::v_bytes);
         for (int j = 0; j < 32 && t * 32 + j < n[b]; j++) for (int side = 0; side < 2; side++) {
             const float norm = __half2float(__float2half(0.5f + 0.01f * (rng() % 300)));
-            ((__half *)(at + T::k_bytes + T::v_bytes))[j % 8 * 8 + j / 8 + 4 * side] = __float2half(norm);
+            ((__half *)(at + (side ? T::k_bytes + kelvin::side<VB, D>::word_bytes : kelvin::side<KB, D>::word_bytes)))[norm_place(j)] = __float2half(norm);
             for (int i = 0; i < D; i++) {
                 const int bits = side ? VB : KB, code = (int)(rng() % (1u << bits));
                 if (side) put_code(VB, kelvin::side<VB, D>::words, at + T::k_bytes, value_place(j, i), (uint32_t)code);

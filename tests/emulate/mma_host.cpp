@@ -3,7 +3,7 @@
 
 namespace kv_emulate {
 
-template <class B8> static void complete_product(void *const payload[32], uint32_t members)
+template <class A8, class B8> static void complete_product(void *const payload[32], uint32_t members)
 {
     if (members != ~0u) fail("a tensor-core product with lanes 0x%08x only", members);
     int16_t a[16][32], b[8][32];
@@ -11,7 +11,7 @@ template <class B8> static void complete_product(void *const payload[32], uint32
         const product &p = *(const product *)payload[l];
         const int g = l / 4, t = l % 4;
         for (int r = 0; r < 4; r++)
-            for (int i = 0; i < 4; i++) a[g + 8 * (r % 2)][4 * t + i + 16 * (r / 2)] = (int8_t)(p.a[r] >> 8 * i);
+            for (int i = 0; i < 4; i++) a[g + 8 * (r % 2)][4 * t + i + 16 * (r / 2)] = (A8)(p.a[r] >> 8 * i);
         for (int r = 0; r < 2; r++)
             for (int i = 0; i < 4; i++) b[g][4 * t + i + 16 * r] = (B8)(p.b[r] >> 8 * i);
     }
@@ -33,7 +33,8 @@ static void complete_movmatrix(void *const payload[32], uint32_t members)
         for (int i = 0; i < 2; i++) x[l / 4][2 * (l % 4) + i] = (uint16_t)(*(const uint32_t *)payload[l] >> 16 * i);
     for (int l = 0; l < 32; l++) ((uint32_t *)payload[l])[1] = x[2 * (l % 4)][l / 4] | (uint32_t)x[2 * (l % 4) + 1][l / 4] << 16;
 }
-const collective product_s8s8 = { "mma.m16n8k32 s8 s8", complete_product<int8_t> }, product_s8u8 = { "mma.m16n8k32 s8 u8", complete_product<uint8_t> },
+const collective product_s8s8 = { "mma.m16n8k32 s8 s8", complete_product<int8_t, int8_t> }, product_s8u8 = { "mma.m16n8k32 s8 u8", complete_product<int8_t, uint8_t> },
+    product_u8s8 = { "mma.m16n8k32 u8 s8", complete_product<uint8_t, int8_t> },
     movmatrix = { "movmatrix", complete_movmatrix };
 
 static void complete_bf16(void *const payload[32], uint32_t members)

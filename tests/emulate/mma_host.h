@@ -19,7 +19,7 @@ namespace kv_emulate {
 //   B, byte i of register r:  row 4 t + i + 16 r, column g
 //   C, D, register r:         row g + 8 (r / 2), column 2 t + r % 2
 struct product { uint32_t a[4], b[2], c[4], d[4]; };
-extern const collective product_s8s8, product_s8u8;
+extern const collective product_s8s8, product_s8u8, product_u8s8;
 // movmatrix m8n8 trans b16: lane l holds elements (l / 4, 2 (l % 4)) and the next, before and after.
 extern const collective movmatrix;
 
@@ -41,20 +41,25 @@ inline void product_of(const collective *what, int d[4], const uint32_t a[4], ui
 
 namespace kelvin {
 
-inline void product_s8(int d[4], const uint32_t a[4], uint32_t b0, uint32_t b1)
-{
-    constexpr uint32_t m = 0x4B400000u;                 // MAGIC_BITS
-    kv_emulate::product_of(&kv_emulate::product_s8s8, d, a, b0, b1, m, m, m, m);
-}
-inline void product_add_s8(int d[4], const uint32_t a[4], uint32_t b0, uint32_t b1)
-{
-    kv_emulate::product_of(&kv_emulate::product_s8s8, d, a, b0, b1, (uint32_t)d[0], (uint32_t)d[1], (uint32_t)d[2], (uint32_t)d[3]);
-}
-inline void product_s8u8(int d[4], const uint32_t a[4], uint32_t b0, uint32_t b1)
-{
-    constexpr uint32_t m = 0x4B400000u;
-    kv_emulate::product_of(&kv_emulate::product_s8u8, d, a, b0, b1, m, m, m, m);
-}
+#define KV_PRODUCT(name, what) \
+    inline void name(int d[4], const int c[4], const uint32_t a[4], uint32_t b0, uint32_t b1) \
+    { kv_emulate::product_of(&kv_emulate::what, d, a, b0, b1, (uint32_t)c[0], (uint32_t)c[1], (uint32_t)c[2], (uint32_t)c[3]); }
+KV_PRODUCT(product_s8, product_s8s8)
+KV_PRODUCT(product_s8u8, product_s8u8)
+KV_PRODUCT(product_u8s8, product_u8s8)
+#undef KV_PRODUCT
+inline uint32_t add_halves(uint32_t halves, uint32_t c) { return c + (halves & 0xFFFFu) + (halves >> 16); }
+
+// Bulk copies are sm_90's: kernels take the other way here.
+inline void bulk_init(uint64_t *, int) {}
+inline void bulk_ready() {}
+inline void bulk_copy(void *, const void *, int, uint64_t *) {}
+inline void bulk_nothing(uint64_t *) {}
+inline void bulk_wait(uint64_t *, uint32_t) {}
+inline void bulk_prefetch(const void *, int) {}
+inline void next_may_start() {}
+inline void wait_for_last() {}
+
 inline uint32_t transpose_b16(uint32_t a)
 {
     uint32_t x[2] = { a, 0 };

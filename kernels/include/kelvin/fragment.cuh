@@ -4,14 +4,14 @@
 // transposed (rows = dims, k = tokens), so that a lane's own registers, looked up byte by byte, are the fragment: no shuffle,
 // no shared memory.
 //
-//   tile = | key words | value words | f16 scales: for g = 0..7  k[g] k[8+g] k[16+g] k[24+g]  v[g] v[8+g] v[16+g] v[24+g] |
+//   side = | words | f16 norms: for g = 0..7  n[g] n[8+g] n[16+g] n[24+g] |         tile = | side of keys | side of values |
 //
 // A lane's words come 16 bytes at a time (the last two, where the count is 2 mod 4, 8 bytes at a time), each a full line for
 // the warp.  Element (row, k) of fragment f of a side belongs to lane 4 (row % 8) + k % 16 / 4, register row / 8 + 2 (k / 16),
 // byte k % 4.  Registers to words, b = byte, half = register % 2:
 //
-//   4 bits   word register / 2: magnitude in the low 3 bits of nibble 4 half + b, sign in the top bit of nibble 2 b + 1 - half.
-//            A set sign complements the looked-up byte v to -v - 1: centroids are (v + 1/2) unit.
+//   4 bits   word register / 2: the low 3 bits of nibble 4 half + b are a code below 8, or 15 - code, which the top bit of nibble
+//            2 b + 1 - half says: it complements the looked-up byte v to -v - 1, centroids being (v + 1/2) unit and symmetric.
 //   3 bits   two fragments in 3 words, R = 4 (f % 2) + register, slot R / 2: slots 0..2 are the low 3 bits of the words'
 //            nibbles 4 half + b, slot 3 is made of their top bits.
 //   2 bits   one word: nibble 4 half + b, its low pair for registers 0 and 1, its high pair for 2 and 3.
@@ -26,13 +26,12 @@ template <int BITS, int D> struct side {
     static constexpr int fragments = D / 16;                    // of 16 x 32: two per 32 dims (keys), one per 16 dims (values)
     static constexpr int words = fragments * BITS / 2;          // of a lane
     static constexpr int quads = words / 4, pairs = words % 4 / 2;
-    static constexpr int bytes = words * 128;
+    static constexpr int word_bytes = words * 128, bytes = word_bytes + TILE_TOKENS * 2;
     static_assert(words % 2 == 0, "a lane's words come in pairs");
 };
 
 template <int KB, int VB, int D> struct tile {
-    static constexpr int k_bytes = side<KB, D>::bytes, v_bytes = side<VB, D>::bytes;
-    static constexpr int bytes = k_bytes + v_bytes + TILE_TOKENS * 4;
+    static constexpr int k_bytes = side<KB, D>::bytes, v_bytes = side<VB, D>::bytes, bytes = k_bytes + v_bytes;
 };
 
 // Byte offset of word w of a lane inside a side of n words.
@@ -53,24 +52,49 @@ __host__ __device__ constexpr place value_place(int token, int dim)
     return { dim / 16, dim % 16, token / 16 * 16 + token % 8 / 2 * 4 + token % 16 / 8 * 2 + token % 2 };
 }
 
-// Puts a code (0 = lowest centroid) into a zeroed side of n words; host and device.
+// Where a token's norm lies behind the words, in halves.
+__host__ __device__ constexpr int norm_place(int token) { return token % 8 * 4 + token / 8; }
+
+// The bits of a code (0 = lowest centroid) in a side of n words: byte offset of a word, its bits and which of them are the code's.  3 bits:
+// `part` 0..2, of which the first alone may be all; parts with no mask are none.
+struct code_bits { int at; uint32_t bits, mask; };
+__host__ __device__ inline code_bits bits_of_code(int bits, int n_words, place p, uint32_t code, int part)
+{
+    const int lane = p.row % 8 * 4 + p.k % 16 / 4, reg = p.row / 8 + 2 * (p.k / 16), b = p.k % 4, half = reg % 2, nibble = 4 * half + b;
+    if (bits == 4) {
+        const int sign = 4 * (2 * b + 1 - half) + 3;
+        return { word_offset(n_words, p.fragment * 2 + reg / 2, lane), (code < 8 ? code : 15 - code) << (4 * nibble) | (code < 8 ? 0u : 1u) << sign, part ? 0 : 7u << (4 * nibble) | 1u << sign };
+    }
+    if (bits == 3) {
+        const int slot = (4 * (p.fragment % 2) + reg) / 2, word = p.fragment / 2 * 3;
+        if (slot < 3) return { word_offset(n_words, word + slot, lane), code << (4 * nibble), part ? 0 : 7u << (4 * nibble) };
+        return { word_offset(n_words, word + part, lane), (code >> part & 1) << (4 * nibble + 3), 8u << (4 * nibble) };
+    }
+    return { word_offset(n_words, p.fragment, lane), code << (4 * nibble + 2 * (reg / 2)), part ? 0 : 3u << (4 * nibble + 2 * (reg / 2)) };
+}
+
+// Puts a code into a zeroed side of n words, and reads one; host and device.
 __host__ __device__ inline void put_code(int bits, int n_words, uint8_t *base, place at, uint32_t code)
 {
-    const int lane = at.row % 8 * 4 + at.k % 16 / 4, reg = at.row / 8 + 2 * (at.k / 16), b = at.k % 4, half = reg % 2;
-    const int nibble = 4 * half + b;
-#define KELVIN_OR(word, value) (*(uint32_t *)(base + word_offset(n_words, (word), lane)) |= (uint32_t)(value))
-    if (bits == 4) {
-        const int word = at.fragment * 2 + reg / 2;
-        const uint32_t magnitude = code >= 8 ? code - 8 : 7 - code;
-        KELVIN_OR(word, magnitude << (4 * nibble) | (code < 8 ? 1u : 0u) << (4 * (2 * b + 1 - half) + 3));
-    } else if (bits == 3) {
-        const int r = 4 * (at.fragment % 2) + reg, slot = r / 2, word = at.fragment / 2 * 3;
-        if (slot < 3) KELVIN_OR(word + slot, code << (4 * nibble));
-        else for (int i = 0; i < 3; i++) KELVIN_OR(word + i, (code >> i & 1) << (4 * nibble + 3));
-    } else {
-        KELVIN_OR(at.fragment, code << (4 * nibble + 2 * (reg / 2)));
+    for (int part = 0; part < (bits == 3 ? 3 : 1); part++) {
+        const code_bits b = bits_of_code(bits, n_words, at, code, part);
+        if (b.mask) *(uint32_t *)(base + b.at) |= b.bits;
     }
-#undef KELVIN_OR
+}
+__host__ __device__ inline uint32_t get_code(int bits, int n_words, const uint8_t *base, place p)
+{
+    const int lane = p.row % 8 * 4 + p.k % 16 / 4, reg = p.row / 8 + 2 * (p.k / 16), b = p.k % 4, half = reg % 2, nibble = 4 * half + b;
+    auto word = [&](int w) { return *(const uint32_t *)(base + word_offset(n_words, w, lane)); };
+    if (bits == 4) {
+        const uint32_t x = word(p.fragment * 2 + reg / 2), low = x >> (4 * nibble) & 7;
+        return x >> (4 * (2 * b + 1 - half) + 3) & 1 ? 15 - low : low;
+    }
+    if (bits == 3) {
+        const int slot = (4 * (p.fragment % 2) + reg) / 2, w = p.fragment / 2 * 3, top = 4 * nibble + 3;
+        if (slot < 3) return word(w + slot) >> (4 * nibble) & 7;
+        return (word(w) >> top & 1) | (word(w + 1) >> top & 1) << 1 | (word(w + 2) >> top & 1) << 2;
+    }
+    return word(p.fragment) >> (4 * nibble + 2 * (reg / 2)) & 3;
 }
 
 // Two fragments at a time: words of a lane to 8 registers of signed bytes.
@@ -114,15 +138,23 @@ struct codebook { uint32_t t0, t1; float unit, half; };
 
 inline codebook codebook_of(int bits, const float *centroid /* [1 << bits], ascending, symmetric */)
 {
-    const int n = 1 << bits;
-    const float top = centroid[n - 1];
-    codebook c = { 0, 0, bits == 4 ? top / 127.5f : top / 127.0f, bits == 4 ? 0.5f : 0.0f };
-    for (int i = 0; i < (bits == 2 ? 4 : 8); i++) {
-        const float x = bits == 4 ? centroid[8 + i] / c.unit - 0.5f : centroid[i] / c.unit;
-        const uint32_t byte = (uint32_t)(int32_t)(x < 0 ? x - 0.5f : x + 0.5f) & 255u;
-        (i < 4 ? c.t0 : c.t1) |= byte << (i % 4 * 8);
+    const int n = 1 << bits, n_bytes = bits == 2 ? 4 : 8;
+    const float half = bits == 4 ? 0.5f : 0.0f, top = centroid[n - 1];
+    codebook best = { 0, 0, 0, half };
+    float least = 0;
+    for (int largest = 4 * 96; largest <= 4 * 127; largest++) {            // the worth of a one by which all levels round best
+        codebook c = { 0, 0, top / (0.25f * (float)largest + half), half };
+        float err = 0;
+        for (int i = 0; i < n_bytes; i++) {
+            const float x = centroid[i] / c.unit - half;
+            const int byte = (int)(x < 0 ? x - 0.5f : x + 0.5f);
+            const float off = ((float)byte - x) * c.unit;
+            err += off * off;
+            (i < 4 ? c.t0 : c.t1) |= ((uint32_t)byte & 255u) << (i % 4 * 8);
+        }
+        if (best.unit == 0 || err < least) least = err, best = c;
     }
-    return c;
+    return best;
 }
 
 }  // namespace kelvin

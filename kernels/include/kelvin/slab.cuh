@@ -103,8 +103,8 @@ template <int KB, int VB, int D> __global__ void __launch_bounds__(128) slab_fra
         }
         const int page = a.pages[(size_t)seq * a.max_pages + (tile_at >> a.page_shift)];
         const uint8_t *from = a.pool + ((((size_t)page * a.n_kv_heads + head) << a.page_shift) + (tile_at & (1 << a.page_shift) - 1)) * T::bytes;
-        const __half *norms = (const __half *)(from + T::k_bytes + T::v_bytes);
-        const float norm = token0 + lane < n ? __half2float(norms[lane % 8 * 8 + lane / 8 + (values ? 4 : 0)]) : 0.0f;
+        const __half *norms = (const __half *)(from + (values ? T::k_bytes + side<VB, D>::word_bytes : side<KB, D>::word_bytes));
+        const float norm = token0 + lane < n ? __half2float(norms[norm_place(lane)]) : 0.0f;
         if (values) detail::tile_to_image<VB, D, false>(from + T::k_bytes, norm, a.vb.unit, a.vb.half, a.vb.t0, a.vb.t1, (uint8_t *)stages[warp], image, i / 2 * TILE_TOKENS, lane);
         else detail::tile_to_image<KB, D, true>(from, norm, a.kb.unit, a.kb.half, a.kb.t0, a.kb.t1, (uint8_t *)stages[warp], image, i / 2 * TILE_TOKENS, lane);
     }
