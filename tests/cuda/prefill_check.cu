@@ -181,7 +181,7 @@ static double value_of(const codebook &c, int bits, int code)
 {
     const int i = bits == 4 && code >= 8 ? 15 - code : code;
     const double v = (double)(int8_t)((i < 4 ? c.t0 : c.t1) >> (i % 4 * 8) & 255u);
-    return bits == 4 ? (code >= 8 ? v + 0.5 : -v - 0.5) * c.unit : v * c.unit;
+    return bits == 4 ? (code >= 8 ? -v - 0.5 : v + 0.5) * c.unit : v * c.unit;
 }
 static codebook book(int bits, int d)
 {
