@@ -86,7 +86,7 @@ local function row_of(d, name, family, fused, k_bytes, v_bytes, seconds, gain)
   if seconds.dot_decoded then
     row.dot_gain, row.accumulate_gain = gain.dot, gain.accumulate
     row.attention_gain = (seconds.dot_decoded + seconds.accumulate_decoded) / (seconds.dot + seconds.accumulate)
-    local function loses(gain) return gain < 1 - NOISE end
+    local function loses(by) return by < 1 - NOISE end
     row.faster = not fused and "no codes" or loses(row.dot_gain) and "decoding (dot)" or loses(row.accumulate_gain) and "decoding (acc)" or "codes"
   end
   return row

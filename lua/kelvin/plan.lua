@@ -82,7 +82,8 @@ function M.new(model, layers, o)
   check(C.kv_plan_check(handle))
   local n = model.n_layers * model.n_kv_heads
   if #harmful > 0 then
-    plan.warning = ("policy '%s': less their mean, values of layer %s are longer than with it, by the tokens' mean of the squared ratio; tokens of little value that draw attention lose most (mean=k or auto keeps it)"):format(
+    plan.warning = ("policy '%s': less their mean, values of layer %s are longer than with it, by the tokens' mean of the squared ratio; "
+      .. "tokens of little value that draw attention lose most (mean=k or auto keeps it)"):format(
       o.name, table.concat(harmful, ", "))
   end
   plan.resolved, plan.layers, plan.control, plan.table_bytes = resolved, layers, control, tables

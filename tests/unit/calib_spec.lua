@@ -57,7 +57,7 @@ describe("a calibration", function()
     local ids = {}
     for i = 1, 130 do ids[i] = 3 + (i * 37 + i * i) % (model.n_vocab - 3) end
     local c = model:calibrate { tokens = ids, context = 64, chunks = 2, rows = 50 }
-    local function resolve(mean, calib) return kv.policy.resolve("kivi-2:bits=3,page_rope=k,mean=" .. mean, model, { calib = calib or c }) end
+    local function resolve(which, calib) return kv.policy.resolve("kivi-2:bits=3,page_rope=k,mean=" .. which, model, { calib = calib or c }) end
     local rows, mean, sum = c:rows("v", 1, 1):totable(), c:mean("v", 1, 1):totable(), 0
     for _, row in ipairs(rows) do
       local all, less = 0, 0
@@ -67,9 +67,9 @@ describe("a calibration", function()
     H.close(sum / #rows, c:_stretch(1, 1), 1e-6)
     assert.is_nil(resolve("both").warning)
     -- A model none of whose means of values is good, and one all of whose are.
-    local function plan(mean, stretch)
+    local function plan(which, stretch)
       c._stretch = function() return stretch end
-      local out = resolve(mean)
+      local out = resolve(which)
       c._stretch = nil
       return out
     end
