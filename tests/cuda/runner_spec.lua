@@ -105,6 +105,9 @@ for _, device in ipairs { "cuda", "emulated" } do
         b:feed(prompt)
         local ids = b:generate { first = { want[1] }, n_steps = 7, temperature = how.temperature, top_k = how.top_k, top_p = how.top_p, seed = how.seed }
         assert.are.same({ unpack(want, 2) }, ids[1])
+        local s = here:session { max_tokens = 40 }
+        assert.are.same(want, greedy(s, prompt, 8, how))
+        assert.are.equal(entry.n_vocab, #s:logits():totable())
       end
     end)
 
@@ -195,6 +198,13 @@ for _, device in ipairs { "cuda", "emulated" } do
       kept:feed(7)
       assert.are.equal(1, kept.n_tokens)
       assert.are.equal(m:session { max_tokens = 8 }:feed(7):paths():find(device, 1, true), nil)
+    end)
+
+    claim("without memory for another cache says so in a line, and what is there goes on", function()
+      local s = here:session { max_tokens = 8 }:feed { 5, 6 }
+      local message = H.fails(function() here:batch { n_seqs = 256, max_tokens = 2 ^ 24 } end)
+      assert(message:find(device, 1, true) and not message:find "\n", message)
+      assert.are.equal(3, s:feed(7).n_tokens)
     end)
 
     claim("of a shape alone decodes at a depth that nobody computed", function()
