@@ -78,7 +78,7 @@ __global__ void fill_kernel(uint32_t *p, size_t n, uint32_t seed)
         p[i] = x;
     }
 }
-// Norms of every tile: finite and about one.
+// Norms of every tile, behind its keys' words and behind its values': finite and about one.
 __global__ void norms_kernel(uint8_t *p, size_t n_tiles, int tile_bytes, int k_bytes)
 {
     for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < n_tiles * 64; i += (size_t)gridDim.x * blockDim.x)
@@ -242,12 +242,13 @@ struct attend_job : job {
     const attend_form *f = nullptr;
     explicit attend_job(const words &w)
     {
-        bits_k = (int)word(w, "bits_k", 2, 4), bits_v = (int)word(w, "bits_v", 2, 4), head_dim = (int)word(w, "head_dim", 64, 256);
+        bits_k = (int)word(w, "bits_k", 2, 4), bits_v = (int)word(w, "bits_v", 2, 4), head_dim = (int)word(w, "head_dim", 1, 256);
         const int n_kv = (int)word(w, "n_kv_heads", 1, 128), group = (int)word(w, "group", 1, 16), batch = (int)word(w, "batch", 1, 4096);
         const int length = (int)word(w, "length", 1, 1 << 24), exact = (int)word(w, "exact", 0, 4096, 0);
-        if (head_dim != 64 && head_dim != 128 && head_dim != 256) fail(E_ARG, "head_dim=%d is none of 64, 128, 256", head_dim);
+        f = kv_cuda_attend_form(bits_k, bits_v, head_dim, group);
+        if (!f) fail(E_UNSUPPORTED, "no kernel for bits_k=%d bits_v=%d head_dim=%d group=%d", bits_k, bits_v, head_dim, group);
         const std::vector<int> n = lengths_of(batch, length, word(w, "ragged", 0, 1, 0));
-        const int page_tokens = kelvin::TILE_TOKENS << PAGE_SHIFT, tile_bytes = head_dim * 4 * (bits_k + bits_v) + 128;
+        const int page_tokens = kelvin::TILE_TOKENS << PAGE_SHIFT, tile_bytes = f->tile_bytes;
         int max_pages = 1, n_pages = 0;
         double tiles = 0;
         for (int t : n) max_pages = std::max(max_pages, (t + page_tokens - 1) / page_tokens), tiles += (t + kelvin::TILE_TOKENS - 1) / kelvin::TILE_TOKENS;
@@ -284,11 +285,9 @@ struct attend_job : job {
         a.n_seqs = batch, a.n_heads = n_kv * group, a.n_kv_heads = n_kv, a.max_pages = max_pages, a.page_shift = PAGE_SHIFT;
         a.scale = 1 / std::sqrt((float)head_dim);
         a.kb = kelvin::codebook_of(bits_k, levels(bits_k, head_dim).data()), a.vb = kelvin::codebook_of(bits_v, levels(bits_v, head_dim).data());
-        f = kv_cuda_attend_form(bits_k, bits_v, head_dim, group);
-        if (!f) fail(E_UNSUPPORTED, "no kernel for bits_k=%d bits_v=%d head_dim=%d group=%d", bits_k, bits_v, head_dim, group);
-        cudaError_t e;
-        partials.make(kv_cuda_attend_partials(f, a, &e));
-        need(e, "kernel");
+        cudaError_t status = cudaSuccess;
+        partials.make(kv_cuda_attend_partials(f, a, &status));
+        need(status, "kernel");
         arrivals.from(std::vector<int>(kv_cuda_attend_rows(f, a), 0));
         a.partials = partials.p, a.arrivals = arrivals.p;
     }
