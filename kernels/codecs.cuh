@@ -3,6 +3,7 @@
 #include <cstring>
 #include "codecs/canary.cuh"
 #include "codecs/fp.cuh"
+#include "codecs/fused.cuh"
 #include "codecs/int.cuh"
 #include "codecs/nuq.cuh"
 #include "codecs/pca.cuh"
@@ -11,7 +12,7 @@
 #include "codecs/scalar.cuh"
 #include "codecs/wf.cuh"
 
-#define KV_DEVICE_CODECS(X) X(raw) X(scalar) X(int) X(fp) X(polar) X(nuq) X(pca) X(wf) X(canary)
+#define KV_DEVICE_CODECS(X) X(raw) X(scalar) X(int) X(fp) X(polar) X(nuq) X(pca) X(wf) X(canary) X(fused)
 
 namespace kelvin {
 

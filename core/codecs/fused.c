@@ -14,6 +14,7 @@
  *
  * Attention on codes: a residual row is (y^, alpha s) in 2 d dimensions and the query (R1 q, R2 R1 q); a subspace row is y^. */
 #include <math.h>
+#include "fused_device.h"
 #include "polar.h"
 
 enum { P_FORM, P_ANGLES, P_NORM, P_NORM_BITS, P_BITS, P_PAIRS, P_SCALE, P_SEED };
@@ -295,11 +296,40 @@ static void fused_output(const kv_codec *c, const float *acc, int n_q, float *ou
     }
 }
 
+static int fill_device(const kv_codec *c, kv_pod *pod)
+{
+    const fused_state *s = c->state;
+    const size_t signs = sizeof(float) * (size_t)c->head_dim;
+    struct fused_device d = { .angle = polar_field_device(&s->angle), .sign = polar_field_device(&s->sign), .map = polar_field_device(&s->map),
+        .radius = polar_field_device(&s->radius), .code = polar_field_device(&s->code), .subspace = s->form == FORM_SUBSPACE, .pairs = s->pairs,
+        .unbiased = c->value[P_SCALE] == SCALE_UNBIASED, .row_bytes = (uint32_t)s->row_bytes, .angle_at = (uint32_t)s->angle_at,
+        .radius_at = (uint32_t)s->radius_at, .code_at = (uint32_t)s->code_at, .sign_at = (uint32_t)s->sign_at, .scale_at = (uint32_t)s->scale_at };
+    uint32_t start;
+    if (!d.subspace) polar_form_device(&s->base, &d.base);
+    memcpy(d.tail, s->tail, sizeof d.tail);
+    memcpy(d.tail_bound, s->tail_bound, sizeof d.tail_bound);
+    memcpy(d.disk, s->disk, sizeof d.disk);
+    memcpy(d.disk_bound, s->disk_bound, sizeof d.disk_bound);
+    FORWARD_IF_ERROR(kv_pod_add(pod, &d, sizeof d, &start));
+    FORWARD_IF_ERROR(kv_pod_add(pod, s->circle, 2 * sizeof(float) * (s->angle.digits == 1 ? (size_t)1 << s->angle.width : (size_t)s->angle.base), &d.at_circle));
+    FORWARD_IF_ERROR(kv_pod_add(pod, s->first, signs, &d.at_first));
+    FORWARD_IF_ERROR(kv_pod_add(pod, s->second, signs, &d.at_second));
+    memcpy(pod->data, &d, sizeof d);
+    return KV_OK;
+}
+
+static int fused_on_device(const kv_codec *c, void **out, size_t *bytes)
+{
+    kv_pod pod = { 0 };
+    const int status = fill_device(c, &pod);
+    return kv_pod_done(&pod, status, out, bytes);
+}
+
 const kv_codec_ops kv_codec_fused_hybrid = {
     .name = "fused", .about = "TurboAngle and TurboQuant in one row: signs of the residual, or the strongest pairs as angles",
     .source = "ablation: two readings of a fused TurboAngle and TurboQuant hybrid",
     .params = params, .n_params = sizeof params / sizeof *params, .format = 1, .caps = KV_CAP_KEYS | KV_CAP_VALUES,
     .state_size = sizeof(fused_state),
     .init = fused_init, .fini = fused_fini, .encode = fused_encode, .decode = fused_decode,
-    .query = fused_query, .dot = fused_dot, .accumulate = fused_accumulate, .output = fused_output,
+    .query = fused_query, .dot = fused_dot, .accumulate = fused_accumulate, .output = fused_output, .device = fused_on_device,
 };

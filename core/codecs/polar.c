@@ -30,7 +30,6 @@
  * query is rotated once, the output is rotated back once.  What is saved over decoding is the transform of every row. */
 #include <math.h>
 #include "polar.h"
-#include "polar_device.h"
 
 enum { P_ANGLES, P_NORM, P_NORM_BITS, P_LEVELS, P_UPPER, P_ROTATION, P_SEED };
 enum { UPPER_MAX = 64 };
@@ -234,27 +233,18 @@ static int polar_fit(kv_codec *c, double target)
     return KV_OK;
 }
 
-static struct polar_device_field field_on_device(const polar_field *f)
-{
-    return (struct polar_device_field){ f->base, f->count, f->digits, f->width, f->fields, f->bytes };
-}
-
 static int fill_device(const kv_codec *c, kv_pod *pod)
 {
     const polar_state *s = c->state;
     const polar_form *f = &s->form;
-    struct polar_device d = { .levels = f->levels, .upper = s->upper, .mode = f->norms.mode, .bits = f->norms.bits, .count = f->norms.count,
-        .angle_bytes = (uint32_t)f->angle_bytes, .norm_bytes = (uint32_t)f->norms.bytes, .side_bytes = (uint32_t)f->norms.side_bytes,
-        .norm_at = (uint32_t)f->norm_at, .side_at = (uint32_t)f->side_at, .shrink = f->norms.shrink, .radii = field_on_device(&f->norms.field) };
+    struct polar_device d;
+    polar_form_device(f, &d);
+    d.upper = s->upper;
     uint32_t start;
     FORWARD_IF_ERROR(kv_pod_add(pod, &d, sizeof d, &start));
-    memcpy(d.table, f->norms.table, sizeof d.table);
-    memcpy(d.bound, f->norms.bound, sizeof d.bound);
     if (s->sign) FORWARD_IF_ERROR(kv_pod_add(pod, s->sign, sizeof(float) * (size_t)c->head_dim, &d.at_sign));
     for (int l = 0; l < f->levels; l++) {
         struct polar_device_level *to = &d.level[l];
-        to->field = field_on_device(&f->field[l]);
-        to->at = (uint32_t)f->at[l];
         /* As many directions as the bits of an index, or of one digit, can name. */
         const size_t n = l ? UPPER_MAX : f->field[0].digits == 1 ? (size_t)1 << f->field[0].width : (size_t)f->field[0].base;
         FORWARD_IF_ERROR(kv_pod_add(pod, f->table[l], 2 * sizeof(float) * n, &to->at_table));

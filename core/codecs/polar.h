@@ -5,6 +5,7 @@
 #ifndef POLAR_H
 #define POLAR_H
 #include "../codec.h"
+#include "polar_device.h"
 
 enum { POLAR_PAD = 16, POLAR_ROW = KV_MAX_HEAD_DIM + POLAR_PAD, POLAR_BASE_MAX = 4096,
        POLAR_OVERREAD = 32 };   /* unpack reads this far past the last field */
@@ -80,6 +81,10 @@ const polar_level *polar_at_level(void);
 /* out = R(x * by) and, overwriting z, out = R^-1(z): signs, then Walsh-Hadamard in blocks; nothing where sign is NULL. */
 void polar_rotate(const float *sign, int d, const float *x, float by, float *out);
 void polar_rotate_back(const float *sign, int d, float *z, float *out);
+
+/* As devices read them (polar_device.h): all but tables of directions. */
+struct polar_device_field polar_field_device(const polar_field *f);
+void polar_form_device(const polar_form *f, struct polar_device *d);
 
 typedef void (*polar_rows_fn)(const kv_codec *c, const uint8_t *page, int tok0, int n, float *out, int ld);
 void polar_dot_rows(const kv_codec *c, polar_rows_fn rows, int dim, const uint8_t *page, int n_tokens, const void *prepared, int n_q, float *scores, int64_t ld);

@@ -234,6 +234,26 @@ void polar_norms_put(const polar_norms *s, float *r, int e, uint8_t *row, uint8_
     else for (int i = 0; i < n; i++) kv_store_u16(row + 2 * i, polar_f16(r[i]));
 }
 
+/* ---- on a device */
+
+struct polar_device_field polar_field_device(const polar_field *f)
+{
+    return (struct polar_device_field){ f->base, f->count, f->digits, f->width, f->fields, f->bytes };
+}
+
+void polar_form_device(const polar_form *f, struct polar_device *d)
+{
+    *d = (struct polar_device){ .levels = f->levels, .mode = f->norms.mode, .bits = f->norms.bits, .count = f->norms.count,
+        .angle_bytes = (uint32_t)f->angle_bytes, .norm_bytes = (uint32_t)f->norms.bytes, .side_bytes = (uint32_t)f->norms.side_bytes,
+        .norm_at = (uint32_t)f->norm_at, .side_at = (uint32_t)f->side_at, .shrink = f->norms.shrink, .radii = polar_field_device(&f->norms.field) };
+    for (int l = 0; l < f->levels; l++) {
+        d->level[l].field = polar_field_device(&f->field[l]);
+        d->level[l].at = (uint32_t)f->at[l];
+    }
+    memcpy(d->table, f->norms.table, sizeof d->table);
+    memcpy(d->bound, f->norms.bound, sizeof d->bound);
+}
+
 /* ---- rotation */
 
 void polar_rotate(const float *sign, int d, const float *x, float by, float *out)

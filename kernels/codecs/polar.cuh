@@ -65,7 +65,7 @@ struct polar_codec {
 
     // ---- packed indices
 
-    // All of a row's; field: room for their fields.
+    // All of a row's; field: room for their fields, or where the indices are, which are then spent.
     static __device__ __forceinline__ void pack(const polar_device_field &f, const int *index, uint32_t *field, uint8_t *dst, int lane)
     {
         uint64_t values = 1;
@@ -131,10 +131,10 @@ struct polar_codec {
             code[i] = k;
         }
         __syncwarp();
-        if (s.bits) pack(s.radii, code, field, row, lane);
         const float rl = sum16(n, lane, [&](int i) { return r[i] * s.table[code[i]]; });
         const float ll = sum16(n, lane, [&](int i) { const float v = s.table[code[i]]; return v * v; });
         if (lane == 0) store16(side, half_of(ldexpf(s.shrink * (rl / ll), e)));
+        if (s.bits) pack(s.radii, code, field, row, lane);
     }
 
     // r is overwritten; what is stored stands for r 2^e.
@@ -171,6 +171,26 @@ struct polar_codec {
 
     // ---- rows
 
+    // 2^-e of what brings the largest |x| to 0.5..1, or 0 when squares are safe as they are.
+    static __device__ __forceinline__ int exponent(const float *x, int n, int lane)
+    {
+        int e = 0;
+        const float top = max_of(n, lane, [=](int i) { return fabsf(x[i]); });
+        if (top != 0 && !(top > 0x1p-40f && top < 0x1p40f)) frexpf(top, &e);
+        return e;
+    }
+
+    // Pairs of y to radius and index.
+    static __device__ __forceinline__ void split(const float *y, int n, int base, float *r, int *index, int lane)
+    {
+        for KV_ROW(i, n) {
+            const float a = y[2 * i], b = y[2 * i + 1];
+            const int k = round_even(turn(a, b) * (float)base);
+            index[i] = k < 0 ? k + base : k;
+            r[i] = sqrtf(a * a + b * b);
+        }
+    }
+
     static __device__ void encode(const dev_codec &c, uint8_t *page, int tok, const float *x, long long, float *scratch, int lane)
     {
         const polar_device &s = *(const polar_device *)c.pod;
@@ -180,20 +200,13 @@ struct polar_codec {
         int *index = (int *)(scratch + HALF + HALF / 2);
         uint32_t *field = (uint32_t *)(scratch + HALF / 2);
         uint8_t *row = page + (size_t)tok * s.angle_bytes;
-        int e = 0;
-        const float top = max_of(d, lane, [=](int i) { return fabsf(x[i]); });
-        if (top != 0 && !(top > 0x1p-40f && top < 0x1p40f)) frexpf(top, &e);
+        const int e = exponent(x, d, lane);
         const float by = e < -60 ? 1 : ldexpf(1, -e);                              // 2^-e may be no float
         __syncwarp();
         for KV_ROW(i, d) y[i] = (e < -60 ? ldexpf(x[i], -e) : x[i]) * (sign ? sign[i] * by : by);
         __syncwarp();
         if (sign) fwht(y, d, lane);
-        for KV_ROW(i, d / 2) {
-            const float a = y[2 * i], b = y[2 * i + 1];
-            const int k = round_even(turn(a, b) * (float)s.level[0].field.base);
-            index[i] = k < 0 ? k + s.level[0].field.base : k;
-            r[i] = sqrtf(a * a + b * b);
-        }
+        split(y, d / 2, s.level[0].field.base, r, index, lane);
         pack(s.level[0].field, index, field, row, lane);
         for (int l = 1; l < s.levels; l++) {
             const float *bound = at<float>(c, s.level[l].at_bound);

@@ -126,6 +126,7 @@ local others = {
   "nuq:bits=3,outliers=0.3,span=32,levels=uniform", "nuq:bits=4,outliers=2,span=64", "pca:bits=1,types=e4m3,scale=token",
   "pca:bits=6,types=fine,scale=static", "pca:bits=3,types=e4m3,scale=static", "pca:bits=5,types=paper,scale=token,allocate=lagrange",
   "wf:bits=5,scale=f16,basis=rows,search=9", "wf:bits=1,basis=channels,mix=none,search=1", "wf:bits=7.5,scale=f16",
+  "fused:angles=7,norm=lloyd,norm_bits=3", "fused:angles=100,norm=log,norm_bits=5,scale=unbiased", "fused:form=subspace,pairs=11,bits=1,angles=9,norm_bits=2",
 }
 local only = os.getenv "KELVIN_CODECS"
 if only then presets, others = { only }, {} end
