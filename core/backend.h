@@ -94,7 +94,7 @@ typedef struct kv_backend {
     void (*cache_pairs)(const kv_backend_cache *c, double *compressed, double *total);
     void (*cache_count_from)(kv_backend_cache *c, int first_query);
     int  (*cache_mutate)(kv_backend_cache *c, double seed, double share, double *n, char *err, size_t err_cap);
-    const char *(*cache_paths)(const kv_backend_cache *c); /* "k: fused cuda, v: fused cuda", "k: tile cuda, ..." */
+    const char *(*cache_paths)(const kv_backend_cache *c); /* what steps did: "k: fused cuda, v: fused cuda" (also tile, rows), "chunks: decoded, f32 cuda" */
 
     /* ---- the runner.  Lanes: caches in order, each with its sequences.  All lanes of a call get n new tokens. */
     int  (*runner_new)(int device, const kv_backend_model *m, int weights, kv_backend_runner **out, char *err, size_t err_cap);

@@ -328,7 +328,9 @@ template <int RI, int NJ, bool FEW> cudaError_t launch(attend_job job, int block
 
 cudaError_t attend_few_tile(kv_backend_cache *c, int layer, int n, const float *q, const float *k, const float *v, float scale, float softcap, float *out, cudaStream_t stream)
 {
-    if (n == 1 && rows_as_they_are(c, layer)) return attend_rows(c, layer, q, k, v, scale, softcap, out, stream);
+    const bool rows = n == 1 && rows_as_they_are(c, layer);
+    if (n == 1) c->did |= rows ? DID_ROWS : DID_TILE;
+    if (rows) return attend_rows(c, layer, q, k, v, scale, softcap, out, stream);
     attend_job job = { c->layer_args(layer), q, k, v, out, scale, softcap, n, (c->head_dim + 3) / 4 };
     job.parts = c->parts;
     job.arrivals = c->arrivals;

@@ -426,7 +426,7 @@ cudaError_t kv_dev_cache_attend(kv_backend_cache *c, int layer, int n, const flo
                             : (bf16 ? attend_prefill : attend_chunk)(c, layer, n, q, k, v, scale, softcap, out, stream);
     if (e != cudaSuccess) return e;
     c->pending[layer] = n;
-    c->did |= n == 1 ? 1 : bf16 ? 4 : 2;
+    if (n > 1) c->did |= bf16 ? DID_BF16 : DID_F32;
     return n > 1 ? cache_save(c, layer, n, k, v, stream) : cudaSuccess;
 }
 

@@ -104,6 +104,9 @@ template <class Decode> __device__ void decode_slot_row(const dev_layer &a, cons
 }
 __device__ inline const uint8_t *pages_of(const dev_slot &s, int seq) { return s.page + seq * s.page_stride; }
 
+// What steps did since the path was set: how tokens were attended, in what arithmetic chunks were.
+enum { DID_TILE = 1, DID_ROWS = 2, DID_FUSED = 4, DID_F32 = 8, DID_BF16 = 16 };
+
 // Rows are few when a block's tile of 16 holds them, twice at most: then pages are decoded in the kernel that attends.
 enum { FEW_ROWS = 32, ROWS_OF_FEW = 16, KEYS_STEP = 64 };
 
@@ -201,7 +204,7 @@ struct kv_backend_cache {
     unsigned long long epoch = 0;
     int    path = 0, count_from = 0, did = 0;
     double pairs_compressed = 0, pairs_total = 0;
-    char   paths[96] = "";
+    char   paths[128] = "";
 
     int  n_kinds() const { return (int)kind.size(); }
     kelvin::dev_slot &at(int layer, int head, int side) { return slot[((size_t)layer * n_kv_heads + head) * 2 + side]; }

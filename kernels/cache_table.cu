@@ -252,16 +252,20 @@ int mutate(kv_backend_cache *c, double seed, double share, double *n, char *err,
     return say(e, "mutate", err, cap);
 }
 
-// As core's: what a token's step did to each side, then chunks.
+// As core's: what tokens' steps did to each side, then chunks.
 const char *paths(const kv_backend_cache *cc)
 {
+    static const char *const name[] = { "tile", "rows", "fused" };
     kv_backend_cache *c = const_cast<kv_backend_cache *>(cc);
-    int n = 0, fused = 0;
-    for (const cache_form *f : c->form) fused += f != &tile_form && c->path == 0;
+    char form[32] = "";
+    size_t at = 0;
+    for (int i = 0; i < 3; i++)
+        if (c->did >> i & 1) at += (size_t)snprintf(form + at, sizeof form - at, "%s%s", at ? " + " : "", name[i]);
+    int n = 0;
     c->paths[0] = 0;
-    const char *form = fused == 0 ? "tile" : fused == c->n_layers ? "fused" : "fused + tile";
-    if (c->did & 1) n = snprintf(c->paths, sizeof c->paths, "k: %s %s, v: %s %s", form, DEVICE_NAME, form, DEVICE_NAME);
-    if (c->did & 6) snprintf(c->paths + n, sizeof c->paths - n, "%schunks: decoded, %s %s", n ? "; " : "", c->did & 2 ? c->did & 4 ? "f32 + bf16" : "f32" : "bf16", DEVICE_NAME);
+    if (at) n = snprintf(c->paths, sizeof c->paths, "k: %s %s, v: %s %s", form, DEVICE_NAME, form, DEVICE_NAME);
+    const bool f32 = c->did & DID_F32, bf16 = c->did & DID_BF16;
+    if (f32 || bf16) snprintf(c->paths + n, sizeof c->paths - n, "%schunks: decoded, %s %s", n ? "; " : "", f32 ? bf16 ? "f32 + bf16" : "f32" : "bf16", DEVICE_NAME);
     return c->paths;
 }
 

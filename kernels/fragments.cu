@@ -104,6 +104,7 @@ attend_args arguments(const kv_backend_cache *c, int layer)
 cudaError_t attend_few(kv_backend_cache *c, int layer, int n, const float *q, const float *k, const float *v, float scale, float softcap, float *out, cudaStream_t stream)
 {
     if (n > 1 || softcap != 0 || c->path != 0) return attend_few_tile(c, layer, n, q, k, v, scale, softcap, out, stream);
+    c->did |= DID_FUSED;
     attend_args a = arguments(c, layer);
     a.q = q, a.out = out, a.scale = scale;
     return kv_cuda_attend_codes(c->fragments[layer].form, a, stream);

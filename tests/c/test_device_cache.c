@@ -379,6 +379,7 @@ static void test_rest(void)
     CHECK(backend->cache_commit(w.dev, 0, err, sizeof err) == KV_E_ARG, "commit of nothing");
     free(x);
     step(&w, 1, 2, 1, "after mutation");
+    CHECK(strstr(backend->cache_paths(w.dev), "k: rows ") && strstr(backend->cache_paths(w.dev), "chunks: decoded, f32 "), "paths are '%s'", backend->cache_paths(w.dev));
     free_world(&w);
 }
 
