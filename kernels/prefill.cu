@@ -17,6 +17,7 @@
 #include "cache_impl.cuh"
 #include "codecs.cuh"
 #include "kelvin/prefill_launch.cuh"
+#include "kelvin/slab.cuh"
 #include "prefill_cache.cuh"
 
 namespace kelvin {
@@ -55,6 +56,35 @@ template <int D, bool TURNED> __global__ void late_images(dev_layer a, int n, co
         for (int i = 0; i < V; i++) x[i] = row[warp][lane * V + i];
     }
     put_row<D>(images + ((size_t)(slot % 2 * gridDim.z + seq) * a.n_kv_heads + slot / 2) * stride + (size_t)(line / KEYS) * IMAGE_BYTES<D>, KEYS, line % KEYS, x, lane);
+}
+
+// The same of images that hold codes in fragment order alone: a block an image, a warp a tile of 32 tokens.  grid: (images, n_kv_heads, n_seqs)
+template <int BITS, int D, bool KEYS> __global__ void __launch_bounds__(128) late_tiles(dev_layer a, int n, codebook book, uint8_t *images, size_t stride, int first, int shift)
+{
+    constexpr int ROWS = IMAGE_KEYS<D>, TILES = ROWS / TILE_TOKENS;
+    __shared__ uint4 stages[TILES][256];                        // 32 lines of 128 bytes a warp
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, head = blockIdx.y, seq = blockIdx.z;
+    if (warp >= TILES) return;
+    const dev_slot &s = a.slot[2 * head + !KEYS];
+    const int u0 = (first + blockIdx.x) * ROWS - shift - a.sink + warp * TILE_TOKENS, held = encoded_at(a, s, seq, a.length[seq] + n);
+    uint8_t *const image = images + ((size_t)seq * a.n_kv_heads + head) * stride + (size_t)blockIdx.x * IMAGE_BYTES<D>;
+    if (u0 >= held) {                                           // finite, of weight 0
+        for (int i = lane; i < D / 64 * 256; i += 32) *(uint4 *)(image + i / 256 * ROWS * 128 + warp * TILE_TOKENS * 128 + i % 256 * 16) = make_uint4(0, 0, 0, 0);
+        return;
+    }
+    const uint8_t *from = pages_of(s, seq) + (size_t)(u0 / TILE_TOKENS) * side<BITS, D>::bytes;
+    const float norm = u0 + lane < held ? __half2float(((const __half *)(from + side<BITS, D>::word_bytes))[norm_place(lane)]) : 0.0f;
+    detail::tile_to_image<BITS, D, KEYS>(from, norm, book.unit, book.half, book.t0, book.t1, (uint8_t *)stages[warp], image, warp * TILE_TOKENS, lane);
+}
+
+template <int D, bool KEYS> cudaError_t put_tiles(const kv_backend_cache *c, int layer, int n, const codebook &book, int bits, uint8_t *images, size_t stride, int first, int n_images, int shift, cudaStream_t stream)
+{
+    const dim3 grid(n_images, c->n_kv_heads, c->n_seqs);
+    const dev_layer a = c->layer_args(layer);
+    if (bits == 4) KV_LAUNCH((late_tiles<4, D, KEYS>), grid, 128, 0, stream, a, n, book, images, stride, first, shift);
+    else if (bits == 3) KV_LAUNCH((late_tiles<3, D, KEYS>), grid, 128, 0, stream, a, n, book, images, stride, first, shift);
+    else KV_LAUNCH((late_tiles<2, D, KEYS>), grid, 128, 0, stream, a, n, book, images, stride, first, shift);
+    return cudaGetLastError();
 }
 
 // Where the early rows of a sequence begin: 0 <= p.
@@ -201,8 +231,16 @@ template <int D> cudaError_t attend(kv_backend_cache *c, int layer, int n, const
         const int image = p.first + slab * p.slab_images, images = std::min(p.slab_images, p.late_images - slab * p.slab_images);
         const bool last = slab == p.n_slabs - 1;
         a.n_sources = 0;
-        if (images > 0) {
-            const dim3 grid(images * KEYS / WARPS_OF_ROWS, 2 * c->n_kv_heads, c->n_seqs);
+        const fragment_layer &tiles = c->fragments[layer];
+        const int by_tile = turned && tiles.form ? std::max(0, image + images - std::max(image, (c->sink[layer] + p.shift) / KEYS)) : 0, by_row = images - by_tile;
+        if (by_tile > 0) {
+            uint8_t *const to = late + (size_t)by_row * IMAGE_BYTES<D>;
+            e = put_tiles<D, true>(c, layer, n, tiles.kb, tiles.form->bits_k, to, p.late_stride, image + by_row, by_tile, p.shift, stream);
+            if (e == cudaSuccess) e = put_tiles<D, false>(c, layer, n, tiles.vb, tiles.form->bits_v, to + pairs * p.late_stride, p.late_stride, image + by_row, by_tile, p.shift, stream);
+            if (e != cudaSuccess) return e;
+        }
+        if (by_row > 0) {
+            const dim3 grid(by_row * KEYS / WARPS_OF_ROWS, 2 * c->n_kv_heads, c->n_seqs);
             if (turned) KV_LAUNCH((late_images<D, true>), grid, WARPS_OF_ROWS * 32, 0, stream, layer_now, n, k, v, turn[0], turn[1], late, p.late_stride, image, p.shift);
             else KV_LAUNCH((late_images<D, false>), grid, WARPS_OF_ROWS * 32, 0, stream, layer_now, n, k, v, turn[0], turn[1], late, p.late_stride, image, p.shift);
             if ((e = cudaGetLastError()) != cudaSuccess) return e;

@@ -70,6 +70,10 @@ static const cast CASTS[] = {
     { "bf16: kivi, other granules, two sequences", 1, 10, 2, 64, 32, 3, 7, KV_EXACT_F16, 0, 2, 0, { { KIVI2, INT2 } }, 1, 1, 1, { 41, 60, -38, 70, 1, 44 } },
     { "bf16: scalar, window, softcap", 2, 8, 1, 128, 64, 4, 8, KV_EXACT_BF16, 70, 1, 3, { { TQ2, TQ3 } }, 1, 0, 1, { 50, 1, 90, 66, DROP, 33 } },
     { "bf16: head_dim 256, window before compression", 2, 6, 2, 256, 32, 4, 80, KV_EXACT_F16, 64, 1, 0, { { TQ2, INT2 } }, 0, 0, 1, { 100, 1, 90, -20, 41 } },
+    { "bf16: fragments of 4 bits, two sequences", 1, 8, 2, 64, 64, 4, 5, KV_EXACT_F16, 0, 2, 0, { { TQ4, TQ4 } }, 1, 0, 1, { 70, 100, -38, 150, 61 } },
+    { "bf16: fragments of 3 bits, window, softcap", 1, 4, 1, 128, 32, 0, 0, KV_EXACT_F16, 90, 1, 3, { { TQ3, TQ3 } }, 1, 0, 1, { 50, 90, 1, 66 } },
+    { "bf16: fragments of 2 bits, many sinks", 1, 4, 1, 256, 64, 130, 8, KV_EXACT_F16, 0, 1, 0, { { TQ2, TQ2 } }, 0, 0, 1, { 200, 90, 40 } },
+    { "bf16: fragments of 4 and 2 bits", 1, 6, 2, 128, 32, 1, 32, KV_EXACT_F16, 0, 1, 0, { { TQ4, TQ2 } }, 0, 0, 1, { 200, 33, 40 } },
     { "bf16: raw, two heads apart, recent 0", 1, 4, 2, 128, 32, 0, 0, KV_EXACT_F16, 0, 1, 0, { { RAW16, RAW32 } }, 0, 0, 1, { 75, 130, 1, 40 } },
     { "head_dim 6", 1, 3, 1, 6, 32, 1, 3, KV_EXACT_F16, 0, 1, 0, { { RAW32, RAW16 } }, 0, 1, 0, { 70, 1, 18 } },
 };
