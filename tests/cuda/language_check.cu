@@ -467,6 +467,44 @@ static bool check_errors()
 
 #ifdef KV_EMULATE
 // ---- what only the emulator promises: mistakes show
+__global__ void bulks(const uint4 *in, uint4 *out, int rounds)
+{
+    __shared__ uint4 ring[3][2][32];
+    __shared__ uint64_t barriers[3];
+    const int l = threadIdx.x;
+    if (l < 3) bulk_init(barriers + l, 2);
+    bulk_ready();
+    __syncwarp();
+    for (int i = 0; i < 2; i++) if (l < 2) bulk_copy(ring[i][l], in + (i * 2 + l) * 32, 512, barriers + i);
+    for (int i = 0; i < rounds; i++) {
+        bulk_wait(barriers + i % 3, i / 3 % 2);
+        out[i * 64 + l] = ring[i % 3][0][31 - l], out[i * 64 + 32 + l] = ring[i % 3][1][31 - l];
+        __syncwarp();
+        const int next = i + 2;
+        if (next < rounds) {
+            if (l == 0) bulk_copy(ring[next % 3][0], in + next * 64, 512, barriers + next % 3);
+            if (l == 5) { if (next % 4) bulk_copy(ring[next % 3][1], in + next * 64 + 32, 512, barriers + next % 3); else bulk_nothing(barriers + next % 3); }
+        }
+    }
+}
+static bool check_bulks()
+{
+    const int rounds = 11;
+    std::vector<uint4> in(rounds * 64);
+    for (size_t i = 0; i < in.size(); i++) in[i] = make_uint4((unsigned)i, (unsigned)i * 3, ~(unsigned)i, 7);
+    buffer<uint4> a(in), b(in.size());
+    KV_LAUNCH(bulks, 2, 32, 0, 0, a.p, b.p, rounds);
+    const std::vector<uint4> out = b.get();
+    for (int i = 0; i < rounds; i++)
+        for (int l = 0; l < 64; l++) {
+            const bool left_out = i >= 2 && i % 4 == 0 && l >= 32;      // what lay there before
+            if (!left_out && memcmp(&out[i * 64 + l], &in[i * 64 + (l & 32) + 31 - l % 32], 16)) return false;
+        }
+    return true;
+}
+__global__ void bulk_short(int) { __shared__ uint64_t b; if (threadIdx.x == 0) { bulk_init(&b, 2); bulk_nothing(&b); bulk_wait(&b, 0); } }
+__global__ void bulk_many(int) { __shared__ uint64_t b; if (threadIdx.x == 0) { bulk_init(&b, 1); kv_emulate::bulk_arrive(&b, 16); bulk_nothing(&b); } }
+__global__ void bulk_raw(int) { __shared__ uint64_t b; if (threadIdx.x == 0) bulk_nothing(&b); }
 static bool check_lazy()
 {
     int *pinned;
@@ -578,6 +616,10 @@ int main()
 #ifdef KV_EMULATE
     claim(check_lazy(), "nothing runs before somebody waits");
     claim(check_memory(), "fresh memory is poison; copies know sides and sizes");
+    claim(check_bulks(), "a ring of bulk copies and their barriers");
+    claim(dies(bulk_short, "wait for parity 0 of a barrier in phase 0 with 1 of 2 arrivals"), "a barrier that lacks an arrival is named");
+    claim(dies(bulk_many, "more than 1 arrivals"), "a barrier with too many arrivals ends the process");
+    claim(dies(bulk_raw, "was not begun"), "a barrier that was not begun ends the process");
     claim(check_unwritten(), "shared memory begins as poison, static and dynamic");
     claim(check_unwaited(), "an asynchronous copy that was not waited for is poison");
     if (kv_emulate::host_is_kept_out()) claim(dies(nullptr, "the host touches device memory"), "a host that reads device memory ends the process");

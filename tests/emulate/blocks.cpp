@@ -3,6 +3,7 @@
 // A fiber starts when it is first chosen and keeps its stack until its thread returns; a thread that never waits runs through on
 // the stack that the one before it left.  `next` chooses who goes on: a ready lane of the same warp, else of another warp.
 #include "blocks.h"
+#include "bulk.h"
 #include <link.h>
 #include <pthread.h>
 #include <sched.h>
@@ -44,6 +45,7 @@ constexpr int    MAX_THREADS = 1024;
 constexpr size_t STACK = (KV_ASAN ? 512 : 128) << 10, GUARD = 4096;
 
 struct copy { void *to; const void *from; int n; };
+struct bulk { void *to; const void *from; int n; mbarrier *barrier; };
 
 struct machine;
 struct fiber : thread {
@@ -54,6 +56,8 @@ struct fiber : thread {
     const collective *waits;    // in the warp; null: in no warp collective
     uint32_t mask;
     void *payload;
+    const mbarrier *polls;      // the bulk copies' barrier that it waits for, and the parity
+    uint32_t parity;
     std::vector<copy> copies;   // asynchronous copies in order; a null `to` ends a group
     void *fake_stack;           // ASan's
 };
@@ -64,6 +68,8 @@ struct machine {                // an OS thread that runs blocks
     fiber fibers[MAX_THREADS];
     warp  warps[MAX_THREADS / 32];
     std::vector<char *> stacks;
+    std::vector<bulk> bulks;    // on their way
+    int    pollers;
     thread **self;              // where this OS thread keeps it: a look-up costs a call
     int    order;
     void  *home;                // the stack that starts blocks
@@ -132,12 +138,13 @@ const char *lanes(uint32_t set, char *out)
         const warp &w = m->warps[i / 32];
         if (!(w.living >> i % 32 & 1)) continue;
         const fiber &p = m->fibers[i ? i - 1 : 0];
-        const bool again = i % 32 && w.living >> (i % 32 - 1) & 1 && p.waits == f.waits && p.mask == f.mask;
+        const bool again = i % 32 && w.living >> (i % 32 - 1) & 1 && p.waits == f.waits && p.mask == f.mask && p.polls == f.polls;
         if (again) continue;
         int last = i;
-        while (last + 1 < m->n && (last + 1) % 32 && w.living >> (last + 1) % 32 & 1 && m->fibers[last + 1].waits == f.waits && m->fibers[last + 1].mask == f.mask) last++;
+        while (last + 1 < m->n && (last + 1) % 32 && w.living >> (last + 1) % 32 & 1 && m->fibers[last + 1].waits == f.waits && m->fibers[last + 1].mask == f.mask && m->fibers[last + 1].polls == f.polls) last++;
         fprintf(stderr, "  threads %d-%d (warp %d, lanes %d-%d) ", i, last, i / 32, i % 32, last % 32);
         if (f.waits) fprintf(stderr, "wait in %s of mask 0x%08x", f.waits->name, f.mask);
+        else if (f.polls) fprintf(stderr, "wait for parity %u of a barrier in phase %u with %d of %d arrivals and %u bytes missing", f.parity, f.polls->phase, f.polls->pending, f.polls->count, f.polls->bytes);
         else fprintf(stderr, "wait in __syncthreads (%d of %d threads are there)", m->at_barrier, m->living);
         if (f.waits) {
             uint32_t there = 0;
@@ -285,7 +292,8 @@ void run_block(machine *m, size_t index)
     m->n = (int)(b.x * b.y * b.z);
     m->n_warps = (m->n + 31) / 32;
     m->living = m->n;
-    m->at_barrier = m->votes = 0;
+    m->at_barrier = m->votes = m->pollers = 0;
+    m->bulks.clear();
     m->random = index * 2 + 1;
     if (grid->shared) memset(m->dynamic, 0xFF, grid->shared);
     const uint3 at = { (unsigned)(index % g.x), (unsigned)(index / g.x % g.y), (unsigned)(index / g.x / g.y) };
@@ -306,9 +314,11 @@ void run_block(machine *m, size_t index)
         f.id = i;
         f.stack = nullptr;
         f.waits = nullptr;
+        f.polls = nullptr;
         f.copies.clear();
     }
     go(m, nullptr, next(m, m->order == REVERSE ? m->n_warps - 1 : 0), false);
+    if (!m->bulks.empty()) fail("block (%u, %u, %u) ends before %zu bulk copies to its shared memory have", at.x, at.y, at.z, m->bulks.size());
 }
 
 // Static shared memory begins as poison: the module's thread-local zeros hold nothing else but three variables of the emulator.
@@ -468,6 +478,84 @@ void copy_async(void *shared, const void *global, int n_bytes)
 }
 void copy_commit() { ((fiber *)self)->copies.push_back({ nullptr, nullptr, 0 }); }
 void copy_wait(int open_groups) { perform((fiber *)self, open_groups); }
+
+// Ends the phase of a barrier that has all, and wakes who waited for it.
+static void turn(machine *m, mbarrier *b)
+{
+    if (b->pending || b->bytes) return;
+    b->phase ^= 1u;
+    b->pending = b->count;
+    for (int i = 0; m->pollers && i < m->n; i++) {
+        fiber &f = m->fibers[i];
+        if (f.polls != b || f.parity == b->phase) continue;
+        f.polls = nullptr;
+        m->pollers--;
+        m->warps[i / 32].ready |= 1u << i % 32;
+    }
+}
+static void land(machine *m, mbarrier *b)
+{
+    size_t kept = 0;
+    for (size_t i = 0; i < m->bulks.size(); i++) {
+        const bulk c = m->bulks[i];
+        if (c.barrier != b) {
+            m->bulks[kept++] = c;
+            continue;
+        }
+        memcpy(c.to, c.from, (size_t)c.n);
+        b->bytes -= (uint32_t)c.n;
+    }
+    const bool any = kept < m->bulks.size();
+    m->bulks.resize(kept);
+    if (any) turn(m, b);
+}
+static mbarrier *barrier_at(uint64_t *p)
+{
+    mbarrier *const b = (mbarrier *)p;
+    if ((uintptr_t)p % 8 || b->count == 0xFFFF) fail("the barrier of bulk copies at %p was not begun", (void *)p);
+    return b;
+}
+void bulk_init(uint64_t *p, int count)
+{
+    if (count < 1 || count >= 0xFFFF) fail("a barrier of %d arrivals", count);
+    const mbarrier b = { (uint16_t)count, (uint16_t)count, 0, 0 };
+    memcpy(p, &b, sizeof b);
+}
+void bulk_arrive(uint64_t *p, int announced_bytes)
+{
+    mbarrier *const b = barrier_at(p);
+    machine *const m = ((fiber *)self)->m;
+    if (!b->pending) land(m, b);
+    if (!b->pending) fail("more than %d arrivals in a phase of a barrier, %u bytes missing", b->count, b->bytes);
+    b->pending--;
+    b->bytes += (uint32_t)announced_bytes;
+    if (announced_bytes == 0) {
+        turn(m, b);
+        if (m->pollers) land(m, b);
+    }
+}
+void bulk_copy(void *shared, const void *global, int n, uint64_t *p)
+{
+    mbarrier *const b = barrier_at(p);
+    machine *const m = ((fiber *)self)->m;
+    if (n < 16 || n % 16 || (uintptr_t)shared % 16 || (uintptr_t)global % 16) fail("a bulk copy of %d bytes from %p to %p: sizes and places are multiples of 16", n, global, shared);
+    memset(shared, 0xFF, (size_t)n);
+    m->bulks.push_back({ shared, global, n, b });
+    if (m->pollers && !b->pending) land(m, b);
+}
+void bulk_wait(uint64_t *p, uint32_t parity)
+{
+    fiber *const f = (fiber *)self;
+    machine *const m = f->m;
+    mbarrier *const b = barrier_at(p);
+    land(m, b);
+    if (b->phase != (parity & 1)) return;
+    f->polls = b;
+    f->parity = parity & 1;
+    m->pollers++;
+    m->warps[f->id / 32].ready &= ~(1u << f->lane);
+    go(m, f, next(m, f->id / 32), false);
+}
 
 void run_grid(const char *name, dim3 g, dim3 block, size_t shared, const std::function<void()> &one_thread)
 {

@@ -1,6 +1,7 @@
 // mma_host.h -- kelvin/mma.cuh's instructions for the emulator, from the fragment tables of the PTX ISA (9.7.14, warp level matrix
 // instructions, and 9.7.9, data movement).
 #pragma once
+#include "bulk.h"
 #include "cuda_bf16.h"
 #include "cuda_fp16.h"
 #include "cuda_runtime.h"
@@ -90,6 +91,17 @@ inline uint32_t pack_bf16(float low, float high) { return kv_bf16_of(low) | (uin
 inline void copy_async(void *shared, const void *global) { kv_emulate::copy_async(shared, global, 16); }
 inline void copy_commit() { kv_emulate::copy_commit(); }
 template <int N> inline void copy_wait() { kv_emulate::copy_wait(N); }
+
+inline void bulk_init(uint64_t *barrier, int count) { kv_emulate::bulk_init(barrier, count); }
+inline void bulk_ready() {}
+inline void bulk_copy(void *shared, const void *global, int bytes, uint64_t *barrier)
+{
+    kv_emulate::bulk_arrive(barrier, bytes);
+    kv_emulate::bulk_copy(shared, global, bytes, barrier);
+}
+inline void bulk_nothing(uint64_t *barrier) { kv_emulate::bulk_arrive(barrier, 0); }
+inline void bulk_wait(uint64_t *barrier, uint32_t parity) { kv_emulate::bulk_wait(barrier, parity); }
+inline void bulk_prefetch(const void *, int) {}
 
 // The instructions' results are within 2^-22 or so of these; the emulator's are exact to a rounding, denormals flushed alike.
 inline float flushed(float x) { return fabsf(x) < 1.17549435e-38f ? copysignf(0.0f, x) : x; }
