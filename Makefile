@@ -151,6 +151,8 @@ $(BUILD)/emulated/%.o: %.cu
 	@mkdir -p $(@D)
 	@echo "  c++ $<"
 	@$(CXX) -x c++ $(EMULATE_FLAGS) -MMD -MP -c $< -o $@
+# Tiles by bulk copies here, as on sm_90; by asynchronous copies of 16 bytes in the plugin, as before sm_90.
+$(BUILD)/emulated/tests/cuda/attend_check.o: EMULATE_FLAGS += -DKELVIN_BULK=true
 $(EMULATED): $(EMULATED_OBJ) $(EMULATE_OBJ)
 	@echo "  link $@"
 	@$(CXX) $(CXXFLAGS.$(FLAVOUR)) -shared -pthread -o $@ $^ -ldl -Wl,-z,nodelete $(if $(filter asan,$(FLAVOUR)),,-Wl,-z,defs)

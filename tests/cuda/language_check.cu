@@ -469,7 +469,7 @@ static bool check_errors()
 // ---- what only the emulator promises: mistakes show
 __global__ void bulks(const uint4 *in, uint4 *out, int rounds)
 {
-    __shared__ uint4 ring[3][2][32];
+    __shared__ __align__(128) uint4 ring[3][2][32];
     __shared__ uint64_t barriers[3];
     const int l = threadIdx.x;
     if (l < 3) bulk_init(barriers + l, 2);

@@ -52,12 +52,6 @@ KV_PRODUCT(product_u8s8, product_u8s8)
 inline uint32_t add_halves(uint32_t halves, uint32_t c) { return c + (halves & 0xFFFFu) + (halves >> 16); }
 
 // Bulk copies are sm_90's: kernels take the other way here.
-inline void bulk_init(uint64_t *, int) {}
-inline void bulk_ready() {}
-inline void bulk_copy(void *, const void *, int, uint64_t *) {}
-inline void bulk_nothing(uint64_t *) {}
-inline void bulk_wait(uint64_t *, uint32_t) {}
-inline void bulk_prefetch(const void *, int) {}
 inline void next_may_start() {}
 inline void wait_for_last() {}
 
