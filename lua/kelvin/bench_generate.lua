@@ -39,7 +39,8 @@ function M.open(name, device)
   return models.open(name, { device = device })
 end
 
-local function no_memory(message) return tostring(message):find("memory", 1, true) or tostring(message):find("cudaErrorMemoryAllocation", 1, true) end
+-- An allocation that failed, or a cache that said beforehand that it would.
+local function no_memory(message) return tostring(message):find("memory", 1, true) or tostring(message):find("MemoryAllocation", 1, true) or tostring(message):find("not fit the device", 1, true) end
 
 local function step(c, n)
   local _, seconds = c.batch:generate { first = c.first, n_steps = n }

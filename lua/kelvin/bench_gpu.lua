@@ -187,7 +187,8 @@ function M.join(rows, peers)
     end
   end
   for _, r in ipairs(rows) do
-    local p, p8 = best[M.shape_name(r)], best8[M.shape_name(r)]
+    local key = r.bench == "decode" and M.shape_name(r) or ""
+    local p, p8 = best[key], best8[key]
     if p then r.peer, r.peer_us, r.ratio = p.peer, p.us, p.us / r.us end
     if p8 then r.fp8_peer, r.fp8_us, r.fp8_ratio = p8.peer, p8.us, p8.us / r.us end
   end

@@ -1,7 +1,10 @@
 #!/bin/sh
 # sanitize.sh -- the GPU programs and specs under compute-sanitizer: memcheck, racecheck, initcheck.  `make gpu-sanitize` calls it.
-#   sanitize.sh FOLDER[:FOLDER] [TOOL...]      folders of the programs; KELVIN_TEST: the runner of specs, or nothing
+#   sanitize.sh FOLDER[:FOLDER] [TOOL...]      folders of the programs; KELVIN_TEST: the runner of specs, or nothing;
+# KELVIN_LIB: a folder of libraries, or nothing
 # A line a tool and target: PASS, FAIL with the first finding, or SKIP; exits 1 when one failed, 2 when the tool is not here.
+# In a relocatable tree the programs' libraries lie beside them.
+[ -z "$KELVIN_LIB" ] || export LD_LIBRARY_PATH="$KELVIN_LIB${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
 here=$(cd "$(dirname "$0")" && pwd)
 programs=${1:?sanitize.sh: the folder of the programs is needed}
 shift
