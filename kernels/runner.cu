@@ -218,9 +218,13 @@ static void runner_free(kv_backend_runner *r)
     free(r);
 }
 
+// Any weight in bf16: chunks then need room for activations in bf16.  A file may mix types from one tensor to the next.
 static bool is_bf16(const kv_backend_runner *r)
 {
-    for (int l = 0; l < r->m.n_layers; l++) if (r->layer[l].wq.type == TYPE_BF16) return true;
+    for (int l = 0; l < r->m.n_layers; l++) {
+        const dev_layer &y = r->layer[l];
+        for (const dev_weight *w : { &y.wq, &y.wk, &y.wv, &y.wo, &y.w_gate, &y.w_up, &y.w_down }) if (w->type == TYPE_BF16) return true;
+    }
     return r->head.type == TYPE_BF16;
 }
 
