@@ -35,6 +35,22 @@ __device__ __forceinline__ row_of find_row(const dev_layer &a, const dev_slot &s
     return r.fresh ? row_of { (const uint8_t *)r.fresh, 3, false } : row_of { r.held, a.dtype, false };
 }
 
+// B rows that follow each other in pages: nothing to ask between the loads, so that all are in flight.
+template <int TYPE, int B, int U> __device__ __forceinline__ void load_run(const uint8_t *at, int d, const int *dim, float4 (*x)[U])
+{
+#pragma unroll
+    for (int b = 0; b < B; b++)
+#pragma unroll
+        for (int u = 0; u < U; u++) x[b][u] = dim[u] < d ? load4(row_of { at + (size_t)b * d * (TYPE ? 2 : 4), TYPE, true }, 0, dim[u]) : make_float4(0, 0, 0, 0);
+}
+template <int B, int U> __device__ __forceinline__ void load_pages(const dev_layer &a, const dev_slot &s, int seq, int p, const int *dim, float4 (*x)[U])
+{
+    const uint8_t *at = s.page + seq * s.page_stride + (size_t)(p - a.sink) * a.head_dim * (s.raw ? 2 : 4);
+    if (s.raw == 1) load_run<1, B, U>(at, a.head_dim, dim, x);
+    else if (s.raw == 2) load_run<2, B, U>(at, a.head_dim, dim, x);
+    else load_run<0, B, U>(at, a.head_dim, dim, x);
+}
+
 // Lane i of 2 N keeps the sum over them of s[i], in s[0]: at each distance half of what is left goes across.
 template <int N> __device__ __forceinline__ void add_over_lanes(float *s, int lane)
 {
@@ -80,6 +96,8 @@ template <int LANES, int U> __global__ void __launch_bounds__(WARPS * 32, U == 1
         const int p_of = p0 + side_by * B;                              // this group's first position
         float s[G * B];
         float4 x[B][U];
+        if (!sk.mean && p_of >= max(lo, a.sink) && p_of + B <= min(to, bound_k)) load_pages<B, U>(a, sk, seq, p_of, dim, x);
+        else
 #pragma unroll
         for (int b = 0; b < B; b++) {
             const int p = p_of + b;
@@ -127,6 +145,8 @@ template <int LANES, int U> __global__ void __launch_bounds__(WARPS * 32, U == 1
         for (int u = 0; u < U; u++)
 #pragma unroll
             for (int e = 0; e < 4; e++) mean[u][e] = sv.mean && dim[u] < a.head_dim ? sv.mean[dim[u] + e] : 0.0f;
+        if (!sv.mean && p_of >= max(lo, a.sink) && p_of + B <= min(to, bound_v)) load_pages<B, U>(a, sv, seq, p_of, dim, x);
+        else
 #pragma unroll
         for (int b = 0; b < B; b++) {
             const int v = p_of + b;
