@@ -1,5 +1,5 @@
 // prefill_check.cu -- attention of many queries over bf16 images and over codes, against double precision on the host, then its speed.
-//   prefill_check check [plain | wide]     every shape; exits 1 when one is wrong
+//   prefill_check check [plain | wide | both [all | small [SEED]]]     every shape; exits 1 when one is wrong
 //   prefill_check bench [plain | wide]     TFLOP/s; a chunk on a prefix from bf16 and from codes
 #include <algorithm>
 #include <cmath>
@@ -168,8 +168,9 @@ template <int D> static bool check(const shape &s, int form, unsigned seed)
             }
     const double all = std::sqrt(err2 / sq);
     // bf16 operands (2^-9 of a value each: q, k, weights, v): 0.3 % of an output of independent rows; scores of 1.5 sqrt(D) terms move by as much again.
-    // A needle's score is ten times as large, and with it the step that its rounding makes in a row which has it and others at equal weight.
-    const bool ok = all < 6e-3 && worst < (s.needle ? 6e-2 : 2.5e-2) && joined < 1e-5;
+    // A needle is six queries long: its scores are off by 0.02 (1.6e-3 of |q| |k| / sqrt(D) times the scale), by four times that in the worst of a thousand
+    // rows, and a row which the needle dominates by its weight follows.
+    const bool ok = all < 6e-3 && worst < (s.needle ? 1e-1 : 2.5e-2) && joined < 1e-5;
     printf("%s D%d g%d heads %d n %d before %d..%d window %d splits %d%s%s%s%s%s: error %.2e, worst row %.2e\n", ok ? "ok  " : "FAIL", D, s.group, s.kv_heads, s.n, s.before.front(), s.before.back(), s.window, s.splits,
         s.codes ? " early/late" : "", s.means ? " means" : "", s.sign ? " sign" : "", s.needle ? " needle" : "", s.softcap > 0 ? " softcap" : "", all, worst);
     fflush(stdout);
@@ -257,7 +258,7 @@ int main(int argc, char **argv)
 #endif
     const bool small = argc > 3 && !strcmp(argv[3], "small");
     int failed = 0, done = 0;
-    unsigned seed = 1;
+    unsigned seed = argc > 4 ? (unsigned)atoi(argv[4]) : 1;
     for (int form : { PREFILL_PLAIN, PREFILL_WIDE }) {
         if (argc > 2 && strcmp(argv[2], form == PREFILL_PLAIN ? "plain" : "wide") && strcmp(argv[2], "both")) continue;
         if (form == PREFILL_WIDE && !prefill_has_wide<128>()) { printf("no wide form here\n"); continue; }

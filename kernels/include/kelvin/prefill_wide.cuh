@@ -1,7 +1,7 @@
 // prefill_wide.cuh -- prefill_kernel for Hopper: two warpgroups of 64 packed rows each, whole images by bulk copies that a third orders.
 //
 // A warpgroup starts the scores of the next image before the weighted values of this one, so that the exponentials run beside a product;
-// the two warpgroups are not kept in step.  Needs sm_90a.
+// the two warpgroups take turns at starting products, so that one's exponentials run beside the other's products.  Needs sm_90a.
 #pragma once
 #include "prefill.cuh"
 #ifndef KV_EMULATE                      // which has no asynchronous products
@@ -112,6 +112,8 @@ template <int D> __global__ void __launch_bounds__(wide_form<D>::THREADS, 1) pre
         };
 
         if (n > 0) {
+            const int mine = 1 + warp / 4, others = 3 - mine;
+            if (mine == 2 && n > 1) turn_give(others);
             barrier_wait(queries_here, 0);
             start_scores(0);
             products_wait<0>();
@@ -122,8 +124,10 @@ template <int D> __global__ void __launch_bounds__(wide_form<D>::THREADS, 1) pre
             for (int k = 0; k < F::UNIT / 16; k++) weights_of(s + 2 * k, f[k]);
 #pragma unroll 1
             for (int i = 1; i < n; i++) {
+                turn_wait(mine);
                 start_scores(i);
                 start_values(i - 1);
+                if (mine == 1 || i + 1 < n) turn_give(others);
                 products_wait<1>();
                 products_hold<N>(s);
                 if (lane == 0) barrier_arrive(keys_free + i % F::STAGES);
