@@ -6,7 +6,7 @@
 //
 // Up to MATVEC_ROWS rows a product waits for its weights: they are read once, for all rows, as they are stored.  A block is four warps that share the same
 // few weight rows and split their length; sums are f32, in an order that depends on nothing but the shape of the weights.  More rows go through cuBLAS, f32
-// weights in f32 (never TF32), bf16 weights in bf16 with f32 sums; without cuBLAS, through a plain tiled kernel in f32.
+// weights in f32 (never TF32) or, where bf16 was asked for, in bf16 with f32 sums; without cuBLAS, through a plain tiled kernel in f32.
 #include <dlfcn.h>
 #include <math.h>
 #include <stdlib.h>
@@ -482,7 +482,7 @@ static cudaError_t many_rows(const product_space &s, const dev_product &p, const
     const dev_weight &w = *p.w;
     const float one = 1, zero = 0;
     const size_t n_in = (size_t)w.n_in;
-    if (w.type == T_BF16 && s.blas) {       // activations were made bf16 by product()
+    if (w.type == T_BF16 && s.blas && s.act) {       // activations were made bf16 by product()
         for (int g = 0; g < groups; g++) {
             const cudaError_t e = blas_error(s.blas->gemm(s.blas->handle, OP_T, OP_N, w.n_out, rows, w.n_in, &one, w.payload, R_16BF, w.n_in, s.act + (size_t)g * rows * n_in, R_16BF, w.n_in,
                                                           &zero, p.y + (size_t)g * rows * w.n_out, R_32F, w.n_out, COMPUTE_32F, ALGO_DEFAULT));
@@ -512,7 +512,7 @@ static cudaError_t many_rows(const product_space &s, const dev_product &p, const
 cudaError_t product(const product_space &s, const dev_product *p, int n_products, const float *x, int groups, int rows, cudaStream_t stream)
 {
     const int n_in = p[0].w->n_in;
-    if (rows <= MATVEC_ROWS) {
+    if (rows <= (s.act && s.blas ? BF16_ROWS : MATVEC_ROWS)) {
         // Products of one type go in one launch.
         bool done[MAX_PRODUCTS] = {};
         for (int i = 0; i < n_products; i++) {
@@ -541,8 +541,9 @@ cudaError_t product(const product_space &s, const dev_product *p, int n_products
         return cudaGetLastError();
     }
     bool bf16 = false;
-    for (int i = 0; i < n_products; i++) bf16 = bf16 || (s.blas && p[i].w->type == T_BF16);
+    for (int i = 0; i < n_products; i++) bf16 = bf16 || (s.blas && s.act && p[i].w->type == T_BF16);
     if (bf16) {
+        if ((size_t)groups * rows * n_in > s.act_cap) return cudaErrorInvalidValue;
         const size_t n4 = (size_t)groups * rows * n_in / 4;
         KV_LAUNCH((to_bf16_kernel), dim3((unsigned)(n4 / 256 + 1 < 65535 ? n4 / 256 + 1 : 65535)), dim3(256), 0, stream, x, s.act, n4);
     }

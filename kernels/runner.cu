@@ -26,6 +26,7 @@ struct graph { unsigned long long epoch, workspace; int with_sample, seen; cudaG
 struct kv_backend_runner {
     kv_backend_model m;                     // layer and data pointers are not kept
     int              device, n_tables;
+    int              bf16;                  // products of many rows in bf16: asked for, or random weights.  A file's own bf16 weights go through f32 otherwise
     cudaStream_t     stream;
     cudaEvent_t      start, end;
     dev_layer       *layer;                 // [n_layers], host
@@ -105,6 +106,7 @@ static int put_weight(kv_backend_runner *r, dev_weight *out, const kv_backend_we
     int status;
     if (!w.data) {
         out->type = TYPE_BF16;
+        r->bf16 = 1;
         if ((status = own(r, &p, n_values * 2, err, cap)) < 0) return status;
         if ((status = say(weight_random((uint16_t *)p, out->n_in, out->n_out, seed, r->stream), "runner: random weights", err, cap)) < 0) return status;
         out->payload = out->head = (const uint8_t *)p;
@@ -112,6 +114,7 @@ static int put_weight(kv_backend_runner *r, dev_weight *out, const kv_backend_we
         return 0;
     }
     out->type = w.type;
+    if (mode == KV_WEIGHTS_BF16) r->bf16 = 1;
     const size_t bytes = weight_stored_bytes(w.type, w.n_in, w.n_out, &out->payload_row, &out->head_row);
     if (!bytes) return snprintf(err, cap, "runner: weights of type %d with rows of %lld are not known on a device", w.type, (long long)w.n_in), E_UNSUPPORTED;
     if (out->payload_row + out->head_row > w.row_bytes || w.row_bytes > STAGE_BYTES) return snprintf(err, cap, "runner: weight rows of %zu bytes, %zu are needed", w.row_bytes, out->payload_row + out->head_row), E_ARG;
@@ -218,16 +221,6 @@ static void runner_free(kv_backend_runner *r)
     free(r);
 }
 
-// Any weight in bf16: chunks then need room for activations in bf16.  A file may mix types from one tensor to the next.
-static bool is_bf16(const kv_backend_runner *r)
-{
-    for (int l = 0; l < r->m.n_layers; l++) {
-        const dev_layer &y = r->layer[l];
-        for (const dev_weight *w : { &y.wq, &y.wk, &y.wv, &y.wo, &y.w_gate, &y.w_up, &y.w_down }) if (w->type == TYPE_BF16) return true;
-    }
-    return r->head.type == TYPE_BF16;
-}
-
 static int fill_runner(kv_backend_runner *r, const kv_backend_model *m, int mode, char *err, size_t cap)
 {
     void *stage = nullptr;
@@ -283,7 +276,7 @@ static int reserve_rows(kv_backend_runner *r, size_t rows, char *err, size_t cap
     struct { buffer *b; size_t bytes; } want[] = {
         { &r->x, rows * e * f }, { &r->h, rows * e * f }, { &r->q, rows * q * f }, { &r->k, rows * k * f }, { &r->v, rows * k * f }, { &r->att, rows * q * f },
         { &r->gate, ffn * ff * f }, { &r->up, ffn * ff * f }, { &r->cosine, r->n_tables * rows * half * f }, { &r->sine, r->n_tables * rows * half * f },
-        { &r->tokens, rows * sizeof(int) }, { &r->act, rows > MATVEC_ROWS && is_bf16(r) ? most * 2 : 0 },
+        { &r->tokens, rows * sizeof(int) }, { &r->act, rows > BF16_ROWS && r->bf16 ? most * 2 : 0 },
         { &r->dequant, rows > MATVEC_ROWS ? (widest > DEQUANT_FLOATS ? widest : (size_t)DEQUANT_FLOATS) * f : 0 },
         { &r->q_pre, r->tapping ? rows * q * f : 0 }, { &r->k_pre, r->tapping ? rows * k * f : 0 },
     };
