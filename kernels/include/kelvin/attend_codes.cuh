@@ -138,10 +138,11 @@ __device__ __forceinline__ void four_halves(uint32_t a, uint32_t b, float x[4])
 
 constexpr float FLOOR = -1e30f;         // below every score: a maximum that saw nothing, without inf - inf
 constexpr float COUNT = 8388608.0f;     // 2^23: a float from there on is this plus an integer in its low bits
-constexpr int   TOP_BITS = 14, LOW_BITS = 10;      // a unit's largest weight lies in [2^LOW_BITS, 2^16), where it made the scale in (2^(TOP_BITS-1), 2^TOP_BITS]
+constexpr int   TOP_BITS = 14, LOW_BITS = 10;      // the largest weight of LOOK units lies in [2^LOW_BITS, 2^16), of a unit that made the scale in (2^(TOP_BITS-1), 2^TOP_BITS]
+constexpr int   LOOK = 4, FLUSH = 512;             // FLUSH units of 64 tokens times 255 * 128 stay below 2^31
 
 // A row's sums, a lane's share.  Weights are p |v| as 16-bit integers of worth 2^e, e of the lane's head; products add up as integers.  A unit
-// above the scale shifts them; a unit far below it (after a needle) sends them to f32 sums in memory, relative to 2^m, and e follows down.
+// above the scale shifts them; LOOK units far below it (after a needle) send them to f32 sums in memory, relative to 2^m, and e follows down.
 // G = 4: A = values (dims x tokens), B = weights: columns 0..3 heads' high bytes, 4..7 low bytes.
 // G = 8: A = weights (rows 0..7 heads' high bytes, 8..15 low bytes), B = values.
 template <int G, int D> struct sums {
@@ -150,7 +151,6 @@ template <int G, int D> struct sums {
     uint32_t weight;                    // sum of the lane's weights: for the half a unit of 4-bit values
     float    e = FLOOR, l;              // l: sum of p relative to 2^e
     float    m = FLOOR, whole = 0, halves = 0;     // what is in memory: relative to 2^m
-    int      units;
 
     __device__ __forceinline__ void clear()
     {
@@ -160,7 +160,6 @@ template <int G, int D> struct sums {
             for (int j = 0; j < 4; j++) acc[i][j] = 0;
         weight = 0;
         l = 0;
-        units = 0;
     }
     // Of the head whose sums a lane has in acc[.][0], or [1].
     template <class T> __device__ __forceinline__ T of_column(T v, int j, int lane) const { return G == 4 ? __shfl_sync(~0u, v, (2 * (lane % 4) & 3) * 4 + 4 * j) : v; }
@@ -212,6 +211,7 @@ template <int KB, int VB, int D, int G, class RING> __device__ void attend_codes
     sums<G, D> sum;
     sum.clear();
 
+    float seen = COUNT;                                 // the largest weight since the last look
     for (int u = 0; u < in.n; u++) {
         const uint8_t *at = in.next();
         const uint8_t *mine = G == 4 && !low ? at + T::bytes : at;
@@ -244,6 +244,22 @@ template <int KB, int VB, int D, int G, class RING> __device__ void attend_codes
                     if (token + 8 * n + j < r.first || token + 8 * n + j >= r.n_codes) x[j][n] = -INFINITY, k[j][n] = 1, v[j][n] = 0;
             __syncwarp();
         }
+        if (u % LOOK == 0 && u > 0) {                   // has every head filled the window since the last look?
+            unsigned enough = __ballot_sync(~0u, seen >= COUNT + (1 << LOW_BITS));
+            if (G == 4) enough |= enough >> 16;
+            enough |= enough >> 2;
+            enough |= enough >> 1;
+            const unsigned all = G == 4 ? 0x1111u : 0x11111111u;
+            if ((enough & all) != all || u % FLUSH == 0) {
+                float most = fmaxf(seen - COUNT, 0.0f);
+                most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
+                most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
+                if (G == 4) most = fmaxf(most, __shfl_xor_sync(~0u, most, 16));
+                if (__any_sync(~0u, sum.e > FLOOR)) sum.flush(far, lane);
+                if (sum.e > FLOOR && most < (1 << LOW_BITS)) sum.e += ceilf(log2_fast(fmaxf(most, 1.0f))) - TOP_BITS;
+            }
+            seen = COUNT;
+        }
         float w[2][4], l, top;
         const auto weigh = [&] {
             const float off = mean - sum.e;
@@ -259,12 +275,8 @@ template <int KB, int VB, int D, int G, class RING> __device__ void attend_codes
                 }
         };
         weigh();
-        unsigned enough = __ballot_sync(~0u, top >= COUNT + (1 << LOW_BITS));
-        if (G == 4) enough |= enough >> 16;
-        enough |= enough >> 2;
-        enough |= enough >> 1;
-        const unsigned all = G == 4 ? 0x1111u : 0x11111111u;
-        if ((enough & all) != all || __any_sync(~0u, top > COUNT + 65535.0f) || ++sum.units == 512) {     // 512 units of 64 tokens times 255 * 128 stay below 2^31
+        seen = fmaxf(seen, top);
+        if (__any_sync(~0u, top > COUNT + 65535.0f)) {
             float y = -INFINITY;
 #pragma unroll
             for (int n = 0; n < 4; n++)
@@ -274,15 +286,9 @@ template <int KB, int VB, int D, int G, class RING> __device__ void attend_codes
             y = fmaxf(y, __shfl_xor_sync(~0u, y, 2));
             if (G == 4) y = fmaxf(y, __shfl_xor_sync(~0u, y, 16));
             const float fit = ceilf(y) - TOP_BITS;
-            const bool above = y > FLOOR && y - sum.e > 15.9f, below = y > FLOOR && y - sum.e < LOW_BITS;
-            if (__any_sync(~0u, below) || sum.units == 512) {
-                sum.flush(far, lane);
-                if (above || below) sum.e = fit;
-            } else if (__any_sync(~0u, above)) {
-                const int by = above ? (int)fminf(fit - sum.e, 31.0f) : 0;
-                sum.shift(by, lane);
-                if (above) sum.e = fit;
-            }
+            const bool above = y > FLOOR && y - sum.e > 15.9f;
+            sum.shift(above ? (int)fminf(fit - sum.e, 31.0f) : 0, lane);
+            if (above) sum.e = fit;
             weigh();
         }
         sum.l += l;

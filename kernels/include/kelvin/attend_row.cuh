@@ -54,7 +54,7 @@ constexpr int WARPS = 4;
 #endif
 constexpr bool BULK = KELVIN_BULK;
 #ifndef KELVIN_AHEAD                    // units that are brought to the second-level cache before the ring has room for them
-#define KELVIN_AHEAD 2
+#define KELVIN_AHEAD 0
 #endif
 constexpr int AHEAD = KELVIN_AHEAD;
 
