@@ -78,11 +78,14 @@ __global__ void fill_kernel(uint32_t *p, size_t n, uint32_t seed)
         p[i] = x;
     }
 }
-// Norms of every tile, behind its keys' words and behind its values': finite and about one.
-__global__ void norms_kernel(uint8_t *p, size_t n_tiles, int tile_bytes, int k_bytes)
+// Norms of every tile, behind its keys' words and behind its values': about one, of keys times key_norm.  With queries of unit normals and
+// key_norm = sqrt(head_dim) scores scatter by one: a kernel whose work depends on how weights differ does it here too.
+__global__ void norms_kernel(uint8_t *p, size_t n_tiles, int tile_bytes, int k_bytes, float key_norm)
 {
-    for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < n_tiles * 64; i += (size_t)gridDim.x * blockDim.x)
-        ((__half *)(p + i / 64 * tile_bytes + (i % 64 < 32 ? k_bytes : tile_bytes) - 64))[i % 32] = __float2half(0.8f + 0.4f * (float)(i * 37 % 64) / 64);
+    for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < n_tiles * 64; i += (size_t)gridDim.x * blockDim.x) {
+        const bool key = i % 64 < 32;
+        ((__half *)(p + i / 64 * tile_bytes + (key ? k_bytes : tile_bytes) - 64))[i % 32] = __float2half((key ? key_norm : 1.0f) * (0.8f + 0.4f * (float)(i * 37 % 64) / 64));
+    }
 }
 __global__ void halves_kernel(__half *p, size_t n)
 {
@@ -263,7 +266,8 @@ struct attend_job : job {
         copy_bytes = (size_t)n_pages * n_kv * (tile_bytes << PAGE_SHIFT);
         pool.make(copy_bytes * copies);
         KV_LAUNCH(fill_kernel, blocks_for(copy_bytes / 4), THREADS, 0, 0, (uint32_t *)pool.p, copy_bytes / 4 * copies, 7u);
-        KV_LAUNCH(norms_kernel, blocks_for(copy_bytes / tile_bytes * 64), THREADS, 0, 0, pool.p, copy_bytes / tile_bytes * copies, tile_bytes, head_dim * 4 * bits_k + 64);
+        KV_LAUNCH(norms_kernel, blocks_for(copy_bytes / tile_bytes * 64), THREADS, 0, 0, pool.p, copy_bytes / tile_bytes * copies, tile_bytes, head_dim * 4 * bits_k + 64,
+                  std::sqrt((float)head_dim));
         need(cudaGetLastError(), "fill");
         std::vector<float> hq((size_t)batch * n_kv * group * head_dim), hs((size_t)2 * n_kv * head_dim);
         std::mt19937 rng(9);
