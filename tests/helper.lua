@@ -88,4 +88,30 @@ function M.program()
   return host and host.exe or folder .. "/bin/kelvin"
 end
 
+--- no_device(device): why specs of "cuda" or "emulated" are pending, or nil where that device is.
+function M.no_device(device)
+  local K = require "kelvin.ffi"
+  local info = K.ffi.new "kv_device_info"
+  K.C.kv_device_query(device, info)
+  if info.available ~= 1 then return device == "cuda" and "no CUDA device" or "no emulated device: make emulated" end
+end
+
+--- check_program(name, title, device, argument): a spec that runs tests/cuda/NAME.cu as built for the device; it counts its own checks.
+function M.check_program(name, title, device, argument)
+  local K, spec = require "kelvin.ffi", getfenv(2)          -- busted gives `it` and `pending` to spec files alone
+  local lacks, program = M.no_device(device), nil
+  for _, p in ipairs(device == "cuda" and { K.folder .. "/cuda/" .. name, K.folder .. "/../libexec/" .. name } or { K.folder .. "/emulated/" .. name }) do
+    program = program or K.exists(p) and p
+  end
+  if not program then lacks = lacks or ("%s is not built: make %s"):format(name, device == "cuda" and "gpu-test" or "emulated") end
+  if lacks then spec.pending(title .. " (" .. lacks .. ")") return end
+  spec.it(title, function()
+    local pipe = assert(io.popen(("'%s' %s 2>&1; echo rc $?"):format(program, argument)))
+    local out = pipe:read "*a"
+    pipe:close()
+    assert(out:find("rc 0", 1, true) and not out:find("FAIL", 1, true), out)
+    assert((tonumber(out:match "(%d+) checks, 0 failed") or 0) > 0, out)
+  end)
+end
+
 return M

@@ -1,7 +1,6 @@
-// attend_check.cu -- decode attention on codes against double precision on the host, then its speed.
+// attend_check.cu -- decode attention on codes against double precision on the host.
 //   attend_check check     every shape; exits 1 when one is wrong
 //   attend_check small     the same with short sequences: 2 s on the emulator
-//   attend_check bench     share of the read ceiling of this run
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -256,105 +255,4 @@ static int run_checks(bool small)
     return failed != 0;
 }
 
-__global__ void fill(uint32_t *p, size_t n, uint32_t seed)
-{
-    for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < n; i += (size_t)gridDim.x * blockDim.x) {
-        uint32_t x = (uint32_t)i * 2654435761u ^ seed;
-        x ^= x >> 16, x *= 0x7feb352du, x ^= x >> 15, x *= 0x846ca68bu, x ^= x >> 16;
-        p[i] = x;
-    }
-}
-__global__ void fill_norms(uint8_t *p, size_t n_tiles, int tile_bytes, int k_bytes)
-{
-    for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < n_tiles * 64; i += (size_t)gridDim.x * blockDim.x)
-        ((__half *)(p + i / 64 * tile_bytes + (i % 64 < 32 ? k_bytes : tile_bytes) - 64))[i % 32] = __float2half(0.8f + 0.4f * (float)(i * 37 % 64) / 64);
-}
-template <int U> __global__ void __launch_bounds__(256) read_only(const uint4 *p, size_t per, float *o)
-{
-    const uint4 *q = p + ((size_t)blockIdx.x * 8 + threadIdx.x / 32) * per * 32 + threadIdx.x % 32;
-    uint32_t a = 0;
-    for (size_t i = 0; i < per; i += U) {
-        uint4 v[U];
-#pragma unroll
-        for (int k = 0; k < U; k++) v[k] = __ldcs(q + (i + k) * 32);
-#pragma unroll
-        for (int k = 0; k < U; k++) a ^= v[k].x ^ v[k].y ^ v[k].z ^ v[k].w;
-    }
-    if (a == 123456) o[0] = 1;
-}
-
-template <class F> static double median_us(F f, int n = 21)
-{
-    cudaEvent_t a, b;
-    CU(cudaEventCreate(&a));
-    CU(cudaEventCreate(&b));
-    std::vector<float> t;
-    for (int i = -3; i < n; i++) {
-        CU(cudaEventRecord(a));
-        f(i + 3);
-        CU(cudaEventRecord(b));
-        CU(cudaEventSynchronize(b));
-        float ms;
-        CU(cudaEventElapsedTime(&ms, a, b));
-        if (i >= 0) t.push_back(ms * 1e3f);
-    }
-    CU(cudaGetLastError());
-    std::sort(t.begin(), t.end());
-    return t[t.size() / 2];
-}
-
-static int run_bench()
-{
-    const size_t room = (size_t)6 << 30;
-    uint8_t *pool;
-    float *o;
-    CU(cudaMalloc(&pool, room));
-    CU(cudaMalloc(&o, 1 << 20));
-    KV_LAUNCH(fill, 2048, 256, 0, 0, (uint32_t *)pool, room / 4, 7u);
-    CU(cudaDeviceSynchronize());
-    int sms;
-    CU(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, 0));
-    double ceiling = 0;
-    for (int per_sm : { 2, 4, 8 }) {
-        const size_t per = (((size_t)4 << 30) / 16 / 32 / ((size_t)sms * per_sm * 8)) & ~(size_t)7;
-        const double us = median_us([&](int) { KV_LAUNCH(read_only<8>, sms * per_sm, 256, 0, 0, (const uint4 *)pool, per, o); });
-        ceiling = std::max(ceiling, per * 32 * 16 * 8.0 * sms * per_sm / us / 1e6);
-    }
-    printf("read-only ceiling %.3f TB/s\n", ceiling);
-    struct load { int b, len; };
-    for (const form &f : forms)
-        for (load w : { load{ 8, 32768 }, load{ 64, 4096 }, load{ 1, 131072 }, load{ 1, 8192 } }) {
-            const int group = f.g, hkv = 8, D = f.d, page_tiles = 2, tiles = w.len / 32, max_pages = tiles / page_tiles;
-            const size_t bytes = (size_t)w.b * hkv * tiles * f.tile_bytes, copies = std::min<size_t>(8, room / bytes);
-            if (copies < 1) continue;
-            KV_LAUNCH(fill_norms, 1024, 256, 0, 0, pool, copies * bytes / f.tile_bytes, f.tile_bytes, f.d * f.kb * 4 + 64);
-            std::vector<int> pages((size_t)w.b * max_pages), len(w.b, w.len);
-            std::mt19937 rng(5);
-            for (size_t i = 0; i < pages.size(); i++) pages[i] = (int)i;
-            std::shuffle(pages.begin(), pages.end(), rng);
-            std::vector<float> q((size_t)w.b * hkv * group * D), sign(2 * hkv * D, 1.0f), c = lloyd(f.kb), cv = lloyd(f.vb);
-            std::normal_distribution<float> normal;
-            for (float &x : q) x = normal(rng);
-            int blocks;
-            CU(cudaFuncSetAttribute(f.fn, cudaFuncAttributeMaxDynamicSharedMemorySize, f.shared_bytes));
-            CU(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, f.fn, 128, f.shared_bytes));
-            const int grid = blocks * sms, rows = w.b * hkv;
-            attend_args a = {};
-            CU(cudaMalloc(&a.out, q.size() * 4));
-            CU(cudaMalloc(&a.partials, attend_partials(grid, rows, f.g, D) * 4));
-            CU(cudaMalloc(&a.arrivals, rows * 4));
-            CU(cudaMemset(a.arrivals, 0, rows * 4));
-            a.q = device(q), a.pages = device(pages), a.n_codes = device(len), a.sign = device(sign);
-            a.n_seqs = w.b, a.n_heads = hkv * group, a.n_kv_heads = hkv, a.max_pages = max_pages, a.page_shift = 1;
-            a.scale = 1 / std::sqrt((float)D), a.kb = codebook_of(f.kb, c.data()), a.vb = codebook_of(f.vb, cv.data());
-            const double us = median_us([&](int i) { a.pool = pool + (size_t)(i % copies) * bytes; KV_LAUNCH(f.fn, grid, 128, f.shared_bytes, 0, a); });
-            cudaFuncAttributes at;
-            CU(cudaFuncGetAttributes(&at, f.fn));
-            printf("K%d V%d D%-3d g%d B%-2d L%-6d  %8.1f us  %.3f TB/s  %5.1f %%  (%.0f MB, %d regs, %zu local, %d KB shared, %d blocks/SM)\n", f.kb, f.vb, D, group, w.b, w.len, us, bytes / us / 1e6,
-                   100 * bytes / us / 1e6 / ceiling, bytes / 1e6, at.numRegs, at.localSizeBytes, f.shared_bytes / 1024, blocks);
-            for (const void *p : { (const void *)a.q, (const void *)a.out, (const void *)a.pages, (const void *)a.n_codes, (const void *)a.sign, (const void *)a.partials, (const void *)a.arrivals }) CU(cudaFree(const_cast<void *>(p)));
-        }
-    return 0;
-}
-
-int main(int argc, char **argv) { return argc > 1 && !strcmp(argv[1], "bench") ? run_bench() : run_checks(argc > 1 && !strcmp(argv[1], "small")); }
+int main(int argc, char **argv) { return run_checks(argc > 1 && !strcmp(argv[1], "small")); }

@@ -7,11 +7,6 @@ local ffi, C = K.ffi, K.C
 local check = require "kelvin.check"
 local codec = require "kelvin.codec"
 
-local info = ffi.new "kv_device_info"
-local function here(device)
-  C.kv_device_query(device, info)
-  return info.available == 1
-end
 
 -- Rows of what comes out of a model, and of what must not break anything.
 local function hostile(n, dim, seed)
@@ -134,7 +129,8 @@ if only then presets, others = { only }, {} end
 local function cases(device, list, dims, page_tokens)
   for _, name in ipairs(list) do
     local title = name .. " has the CPU's bytes and bits"
-    if not here(device) then pending(title .. " (no " .. (device == "cuda" and "CUDA device" or device .. " device: make emulated") .. ")") else
+    local lacks = h.no_device(device)
+    if lacks then pending(title .. " (" .. lacks .. ")") else
       it(title, function()
         local done, refused = 0, nil
         for _, dim in ipairs(dims) do

@@ -6,10 +6,6 @@ local ffi = K.ffi
 local check = require "kelvin.check"
 
 local info = ffi.new "kv_device_info"
-local function here(device)
-  K.C.kv_device_query(device, info)
-  return info.available == 1
-end
 
 for _, device in ipairs { "cuda", "emulated" } do
   describe(device .. " hadamard", function()
@@ -29,7 +25,8 @@ for _, device in ipairs { "cuda", "emulated" } do
     for n = 0, 12 do
       local width = 2 ^ n
       local name = ("rows of %d have the CPU's bits"):format(width)
-      if not here(device) then pending(name .. " (no " .. (device == "cuda" and "CUDA device" or device .. " device: make emulated") .. ")") else
+      local lacks = h.no_device(device)
+      if lacks then pending(name .. " (" .. lacks .. ")") else
         it(name, function()
           for _, rows in ipairs { 1, 7, device == "cuda" and 333 or 33 } do
             local count = rows * width

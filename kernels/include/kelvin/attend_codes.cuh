@@ -4,21 +4,6 @@
 
 namespace kelvin::detail {
 
-// A lane's words of a side that lies in shared memory.
-template <int BITS, int D> __device__ __forceinline__ void load_words(uint32_t *w, const uint8_t *at, int lane)
-{
-    using S = side<BITS, D>;
-#pragma unroll
-    for (int i = 0; i < S::quads; i++) {
-        const uint4 v = *(const uint4 *)(at + i * 512 + lane * 16);
-        w[4 * i] = v.x, w[4 * i + 1] = v.y, w[4 * i + 2] = v.z, w[4 * i + 3] = v.w;
-    }
-    if constexpr (S::pairs) {
-        const uint2 v = *(const uint2 *)(at + S::quads * 512 + lane * 8);
-        w[4 * S::quads] = v.x, w[4 * S::quads + 1] = v.y;
-    }
-}
-
 // A warp's ring: where the next unit is put and taken.  It outlives rows; all that was asked for is taken before a row ends.
 struct ring_state { uint8_t *ring; uint64_t *barriers; int put, take; uint32_t parity; };
 

@@ -40,6 +40,21 @@ __host__ __device__ constexpr int word_offset(int n, int w, int lane)
     return w / 4 * 4 < n / 4 * 4 ? w / 4 * 512 + lane * 16 + w % 4 * 4 : n / 4 * 512 + lane * 8 + w % 4 * 4;
 }
 
+// A lane's words of a side in memory of any kind.
+template <int BITS, int D> __device__ __forceinline__ void load_words(uint32_t *w, const uint8_t *at, int lane)
+{
+    using S = side<BITS, D>;
+#pragma unroll
+    for (int i = 0; i < S::quads; i++) {
+        const uint4 v = *(const uint4 *)(at + i * 512 + lane * 16);
+        w[4 * i] = v.x, w[4 * i + 1] = v.y, w[4 * i + 2] = v.z, w[4 * i + 3] = v.w;
+    }
+    if constexpr (S::pairs) {
+        const uint2 v = *(const uint2 *)(at + S::quads * 512 + lane * 8);
+        w[4 * S::quads] = v.x, w[4 * S::quads + 1] = v.y;
+    }
+}
+
 // The token that stands at k of the values' fragments: movmatrix hands out the weights' rows in this order.
 __host__ __device__ constexpr int value_token(int k) { return k / 16 * 16 + k % 4 / 2 * 8 + k % 16 / 4 * 2 + k % 2; }
 

@@ -20,20 +20,6 @@ struct slab_args {
 
 namespace detail {
 
-template <int BITS, int D> __device__ __forceinline__ void words_from(uint32_t *w, const uint8_t *at, int lane)
-{
-    using S = side<BITS, D>;
-#pragma unroll
-    for (int i = 0; i < S::quads; i++) {
-        const uint4 v = *(const uint4 *)(at + i * 512 + lane * 16);
-        w[4 * i] = v.x, w[4 * i + 1] = v.y, w[4 * i + 2] = v.z, w[4 * i + 3] = v.w;
-    }
-    if constexpr (S::pairs) {
-        const uint2 v = *(const uint2 *)(at + S::quads * 512 + lane * 8);
-        w[4 * S::quads] = v.x, w[4 * S::quads + 1] = v.y;
-    }
-}
-
 __device__ __forceinline__ float byte_of(uint32_t w, int b) { return (float)(int8_t)(w >> (8 * b)); }
 
 // A tile of 32 rows to their place in an image, 64 dims at a time through stage [32][64] (4 KB of the warp).  norm: of token `lane`, 0 for one that is
@@ -43,7 +29,7 @@ template <int BITS, int D, bool KEYS> __device__ void tile_to_image(const uint8_
     constexpr int ROWS = IMAGE_KEYS<D>;
     const int g = lane / 4, t = lane % 4;
     uint32_t w[side<BITS, D>::words];
-    words_from<BITS, D>(w, words, lane);
+    load_words<BITS, D>(w, words, lane);
     float worth[4];                                 // of tokens g + 8 i
 #pragma unroll
     for (int i = 0; i < 4; i++) worth[i] = __shfl_sync(~0u, norm, g + 8 * i) * unit;
