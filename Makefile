@@ -113,7 +113,7 @@ else
 cuda:
 	@echo "cuda: nvcc is not here, the CUDA plugin is left out (CUDA Toolkit 13.0 or later; NVCC=/path/to/nvcc)"
 endif
-$(BUILD)/kernels/%.o: kernels/%.cu $(wildcard kernels/*.cuh kernels/include/*) core/backend.h
+$(BUILD)/kernels/%.o: kernels/%.cu $(wildcard kernels/*.cuh kernels/codecs/*.cuh kernels/include/kelvin/* core/codecs/*_device.h) core/backend.h
 	@mkdir -p $(@D)
 	@echo "  nvcc $<"
 	@$(NVCC) $(NVCCFLAGS) -c $< -o $@
